@@ -1,0 +1,54 @@
+"""dit_accel: sparse attention and attention controls for Hugging Face diffusers' diffusion transformers.
+
+    import dit_accel
+    with dit_accel.accelerate(pipe, "draft", density=0.3) as handle:
+        picture = pipe("a taco").images[0]
+        print(handle.report())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .acceleration import Acceleration
+    from .api import AttentionState, accelerate, attention, demo_model, demo_models, recipes
+    from .config import Recipe
+    from .errors import DitAccelError
+    from .layout import Grid, Pad, Text, TokenLayout
+    from .report import Report
+
+_HOMES = {
+    "Acceleration": "acceleration",
+    "AttentionState": "api",
+    "DitAccelError": "errors",
+    "Grid": "layout",
+    "Pad": "layout",
+    "Recipe": "config",
+    "Report": "report",
+    "Text": "layout",
+    "TokenLayout": "layout",
+    "accelerate": "api",
+    "attention": "api",
+    "demo_model": "api",
+    "demo_models": "api",
+    "recipes": "api",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import dit_accel` stays cheap."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

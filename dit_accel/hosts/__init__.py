@@ -1,0 +1,22 @@
+"""Which family a transformer belongs to."""
+
+from __future__ import annotations
+
+import torch
+
+from .families import FAMILIES
+from .family import Family, LayoutUnknownError, Site
+from .flux import FLUX
+
+__all__ = ["Family", "LayoutUnknownError", "Site", "all_families", "family_of"]
+
+
+def all_families() -> tuple[Family, ...]:
+    """Every family the engine knows."""
+    return (FLUX, *FAMILIES)
+
+
+def family_of(transformer: torch.nn.Module) -> Family | None:
+    """Return the family of a transformer by its class or a parent class, None when it is not known."""
+    names = [cls.__name__ for cls in type(transformer).__mro__]
+    return next((family for family in all_families() if set(family.classes) & set(names)), None)

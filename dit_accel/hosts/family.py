@@ -1,0 +1,70 @@
+"""What the engine must know of a diffusers family: its attention sites and where a call's geometry stands."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..layout import TokenLayout
+
+
+class LayoutUnknownError(Exception):
+    """The geometry of a call cannot be had; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention module of one transformer. `index` counts the sites of the transformer from 0."""
+
+    name: str
+    group: str
+    index: int
+    module: torch.nn.Module
+
+
+Geometry = Callable[[torch.nn.Module, Mapping[str, Any], dict[str, Any]], TokenLayout]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One diffusers family.
+
+    `classes`: transformer class names. `sites`: a pattern of module paths whose first group names the layer group.
+    `geometry(transformer, arguments, memo)` reads the layout from the arguments of the transformer's forward, with
+    a dict that lives as long as the attachment, and raises LayoutUnknownError. `processors`: processor classes this
+    family computes itself through `attention`; all others are intercepted.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    sites: str
+    geometry: Geometry
+    processors: tuple[str, ...] = ()
+    attention: Callable[..., Any] | None = None
+
+    def find_sites(self, transformer: torch.nn.Module) -> list[Site]:
+        """List the attention modules the recipe may speak for, in the order the model runs them."""
+        pattern = re.compile(self.sites)
+        found = []
+        for name, module in transformer.named_modules():
+            match = pattern.fullmatch(name)
+            if match and hasattr(module, "processor"):
+                found.append(Site(name, match.group(1), len(found), module))
+        return found
+
+
+def bind(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the forward arguments by name."""
+    names = _parameters(type(transformer))
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@lru_cache(maxsize=64)
+def _parameters(cls: type[torch.nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]

@@ -1,0 +1,145 @@
+"""Flux.1, Kontext and Fill: [text, picture(, reference pictures)], rotation over the joint sequence."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..attend import AttentionCall, attend
+from ..layout import Grid, Segment, Text, TokenLayout
+from .family import Family, LayoutUnknownError, Site
+
+if TYPE_CHECKING:
+    from ..acceleration import Attachment
+
+
+def geometry(_: torch.nn.Module, arguments: Mapping[str, Any], memo: dict[str, Any]) -> TokenLayout:
+    """Read the grids from the values of `img_ids`, once per tensor object, and the text length from its embeddings."""
+    ids, text = arguments.get("img_ids"), arguments.get("encoder_hidden_states")
+    if not isinstance(ids, torch.Tensor) or not isinstance(text, torch.Tensor):
+        raise LayoutUnknownError("the call carries no img_ids or no encoder_hidden_states")
+    seen = memo.get("ids")
+    if seen is None or seen[0]() is not ids:
+        memo["ids"] = seen = (weakref.ref(ids), grids(ids))
+    segments: list[Segment] = [Text(text.shape[1])] if text.shape[1] else []
+    return TokenLayout([*segments, *seen[1]])
+
+
+def grids(ids: torch.Tensor) -> list[Segment]:
+    """Split position ids [S, 3+] (or [B, S, 3+]) into full raster grids; later ones are references."""
+    table = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float64).numpy()
+    cuts = np.flatnonzero((np.diff(table[:, 0]) != 0) | _restarts(table)) + 1
+    found: list[Segment] = []
+    for part in np.split(table, cuts):
+        height, width = len(np.unique(part[:, 1])), len(np.unique(part[:, 2]))
+        rows = np.repeat(np.unique(part[:, 1]), width)
+        cols = np.tile(np.unique(part[:, 2]), height)
+        if len(part) != height * width or (part[:, 1] != rows).any() or (part[:, 2] != cols).any():
+            raise LayoutUnknownError("img_ids is no full raster grid")
+        found.append(Grid(1, height, width, role="reference" if found else "main"))
+    return found
+
+
+def _restarts(table: np.ndarray) -> np.ndarray:
+    """Where the row number falls back: a second picture that carries the same first id."""
+    return np.diff(table[:, 1]) < 0
+
+
+def attention(
+    original: Any,
+    attachment: Attachment,
+    site: Site,
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **others: Any,
+) -> Any:
+    """Stand in for FluxAttnProcessor: own projection, norm and rotation, then the engine.
+
+    `hidden_states` [B, S, C]; returns what the processor returns: a tensor, or (picture, text) in double blocks.
+    """
+    stock = partial(
+        original, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **others
+    )
+    text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+    reason = attachment.dense_reason(site, hidden_states, hidden_states.shape[1] + text)
+    if not reason and attention_mask is not None:
+        reason = "the call carries an attention mask"
+    if reason:
+        with attachment.engine.ledger.timed_dense(site, attachment.step, hidden_states.device, reason):
+            return stock()
+    q, k, v = _joint_qkv(attn, hidden_states, encoder_hidden_states)
+    rotate = partial(_rotate, rotary=image_rotary_emb)
+    assert attachment.layout is not None
+    call = AttentionCall(
+        site=site,
+        step=attachment.step,
+        layout=attachment.layout,
+        q=rotate(q),
+        k=rotate(k),
+        v=v,
+        scale=q.shape[-1] ** -0.5,
+        stock=partial(_dispatch, original),
+        q_raw=q,
+        k_raw=k,
+        rotate=rotate,
+    )
+    out = attend(call, attachment.engine).flatten(2, 3).to(q.dtype)
+    return out if encoder_hidden_states is None else _project_out(attn, out, text)
+
+
+def _joint_qkv(
+    attn: Any, picture: torch.Tensor, text: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Project and normalise, text before picture, each [B, S, H, D]; fused projections are honoured."""
+    fused = getattr(attn, "fused_projections", False)
+    q, k, v = attn.to_qkv(picture).chunk(3, -1) if fused else (attn.to_q(picture), attn.to_k(picture), attn.to_v(picture))
+    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
+    q, k = attn.norm_q(q), attn.norm_k(k)
+    if text is None or attn.added_kv_proj_dim is None:
+        return q, k, v
+    if fused and hasattr(attn, "to_added_qkv"):
+        tq, tk, tv = attn.to_added_qkv(text).chunk(3, -1)
+    else:
+        tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
+    tq, tk = attn.norm_added_q(tq), attn.norm_added_k(tk)
+    return torch.cat([tq, q], 1), torch.cat([tk, k], 1), torch.cat([tv, v], 1)
+
+
+def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+
+def _dispatch(original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense attention through whatever backend the user has set on the processor."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn(
+        q, k, v, backend=original._attention_backend, parallel_config=original._parallel_config
+    )
+
+
+def _project_out(attn: Any, out: torch.Tensor, text: int) -> Any:
+    words, picture = out[:, :text], out[:, text:]
+    picture = attn.to_out[1](attn.to_out[0](picture.contiguous()))
+    return picture, attn.to_add_out(words.contiguous())
+
+
+FLUX = Family(
+    name="flux",
+    classes=("FluxTransformer2DModel",),
+    sites=r"((?:single_)?transformer_blocks)\.\d+\.attn",
+    geometry=geometry,
+    processors=("FluxAttnProcessor",),
+    attention=attention,
+)

@@ -1,0 +1,234 @@
+"""What every recipe ends in: a Plan, a tuple of disjoint branches whose results merge exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import PlanError
+from ..kernels.block_sparse import Predicate
+from .tiling import Tiling
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """Key blocks per query block, with the orders that say which tokens the blocks hold.
+
+    `index` int32 [B|1, H|1, query blocks, M] key-block ids, of which the first `count` are used and the first
+    `full_count` hold no holes and need no predicate. `q_order`, `k_order` int32 [B|1, H|1, slots]: slot to
+    token, -1 a hole, None the identity. `key_bias` float [B|1, H|1, keys] is added to the logits.
+    `skip_heads` bool [H] marks heads that this branch leaves out on purpose.
+    """
+
+    block_q: int
+    block_k: int
+    index: torch.Tensor
+    count: torch.Tensor
+    full_count: torch.Tensor | None = None
+    q_order: torch.Tensor | None = None
+    k_order: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    predicate: Predicate | None = None
+    skip_heads: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.index, self.count, self.full_count, self.q_order, self.k_order, self.key_bias)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def block_mask(self, key_blocks: int) -> torch.Tensor:
+        """Return which blocks are computed, bool [B|1, H|1, query blocks, key blocks]."""
+        used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+        # unused entries are sent to an extra column, so that they cannot erase a used one
+        target = torch.where(used, self.index, key_blocks).long()
+        mask = torch.zeros(*self.index.shape[:-1], key_blocks + 1, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_(-1, target, True)[..., :key_blocks]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which pairs of an attention call of `queries` x `keys` tokens are computed.
+
+    No branches means dense: every pair, by the stock attention. `pairs` is the number of computed pairs per
+    (batch, head) as a tensor, so that the density can be had without waiting for the device.
+    """
+
+    queries: int
+    keys: int
+    branches: tuple[Branch, ...] = ()
+    pairs: torch.Tensor | None = None
+    note: str = ""
+
+    @property
+    def dense(self) -> bool:
+        return not self.branches
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index lists, orders and biases."""
+        return sum(branch.nbytes for branch in self.branches)
+
+    def density(self) -> torch.Tensor:
+        """Return computed over possible pairs, a float32 scalar tensor."""
+        if self.pairs is None:
+            return torch.ones(())
+        return self.pairs.float().mean() / (self.queries * self.keys)
+
+    def density_per_head(self) -> torch.Tensor:
+        """Return the density of each (batch, head), float32 [B|1, H|1]."""
+        if self.pairs is None:
+            return torch.ones(1, 1)
+        return self.pairs.float() / (self.queries * self.keys)
+
+    def to_mask(self) -> torch.Tensor:
+        """Return the exact mask of pairs, bool [B|1, H|1, queries, keys] (for tests and pictures: quadratic)."""
+        if self.dense:
+            return torch.ones(1, 1, self.queries, self.keys, dtype=torch.bool)
+        mask = self._branch_mask(self.branches[0])
+        for branch in self.branches[1:]:
+            mask = mask | self._branch_mask(branch)
+        return mask
+
+    def _branch_mask(self, branch: Branch) -> torch.Tensor:
+        q_slots, k_slots = self._slots(branch)
+        blocks = branch.block_mask(k_slots.shape[-1] // branch.block_k)
+        pairs = blocks.repeat_interleave(branch.block_q, -2).repeat_interleave(branch.block_k, -1)
+        b = max(pairs.shape[0], q_slots.shape[0], k_slots.shape[0])
+        h = max(pairs.shape[1], q_slots.shape[1], k_slots.shape[1])
+        pairs = pairs.expand(b, h, -1, -1)
+        mask = torch.zeros(b, h, self.queries + 1, self.keys + 1, dtype=torch.bool, device=pairs.device)
+        for i in range(b):
+            for j in range(h):
+                rows = q_slots[min(i, len(q_slots) - 1), min(j, q_slots.shape[1] - 1)]
+                cols = k_slots[min(i, len(k_slots) - 1), min(j, k_slots.shape[1] - 1)]
+                mask[i, j, rows[:, None], cols[None]] |= pairs[i, j]  # holes index the extra row and column
+        mask = mask[..., : self.queries, : self.keys]
+        return mask & _admitted(branch.predicate, mask) if branch.predicate is not None else mask
+
+    def _slots(self, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]:
+        device = branch.index.device
+        out = []
+        for order, block, length in (
+            (branch.q_order, branch.block_q, self.queries),
+            (branch.k_order, branch.block_k, self.keys),
+        ):
+            if order is None:
+                slots = torch.arange(-(-length // block) * block, device=device)
+                slots = torch.where(slots < length, slots, -1)[None, None]
+            else:
+                slots = order
+            out.append(slots.long())
+        return out[0], out[1]
+
+    def check(self) -> Plan:
+        """Raise PlanError when an index is out of range, a row is empty or branches overlap; return the plan."""
+        for branch in self.branches:
+            _, k_slots = self._slots(branch)
+            blocks = k_slots.shape[-1] // branch.block_k
+            used = torch.arange(branch.index.shape[-1], device=branch.index.device) < branch.count[..., None]
+            if bool((used & ((branch.index < 0) | (branch.index >= blocks))).any()):
+                raise PlanError(f"plan: a key-block index lies outside 0..{blocks - 1}.")
+            if int(branch.block_mask(blocks).sum()) != int(used.expand_as(branch.index).sum()):
+                raise PlanError("plan: a key block is listed twice for one query block.")
+        if self.dense:
+            return self
+        masks = [self._branch_mask(branch) for branch in self.branches]
+        total = torch.stack(torch.broadcast_tensors(*[m.to(torch.uint8) for m in masks])).sum(0)
+        if bool((total > 1).any()):
+            raise PlanError("plan: two branches compute the same pair; merging would count it twice.")
+        empty = ~(total > 0).any(-1)
+        for branch in self.branches:
+            if branch.skip_heads is not None:
+                empty = empty & ~branch.skip_heads[None, :, None].to(empty.device)
+        if bool(empty.any()):
+            where = tuple(int(n) for n in empty.nonzero()[0])
+            raise PlanError(f"plan: query {where[2]} of batch {where[0]}, head {where[1]} has no key.")
+        return self
+
+    def draw(self, size: int = 512) -> Image.Image:
+        """Draw the mask of every head side by side, white where pairs are computed (first sample)."""
+        tiles = [np.asarray(m.cpu(), dtype=np.uint8) * 255 for m in self.to_mask()[0]]
+        pictures = [Image.fromarray(m).resize((size, size), Image.Resampling.BOX) for m in tiles]
+        sheet = Image.new("L", (len(pictures) * (size + 8) - 8, size), 96)
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (i * (size + 8), 0))
+        return sheet
+
+
+def _admitted(predicate: Predicate, like: torch.Tensor) -> torch.Tensor:
+    """Evaluate the closed-form token predicate on all pairs, bool [queries, keys]."""
+    delta = (predicate.q_coords[:, :, None] - predicate.k_coords[:, None, :]).abs().to(like.device)
+    r = predicate.radius
+    if predicate.kind == "box":
+        return (delta[0] <= r[0]) & (delta[1] <= r[1]) & (delta[2] <= r[2])
+    if predicate.kind == "disk":
+        return (delta[0] <= r[0]) & (delta[1] ** 2 + delta[2] ** 2 <= r[1] ** 2)
+    return delta[0] <= r[0]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPlan:
+    """A plan at rest between steps: one bit per unit pair instead of index lists."""
+
+    bits: torch.Tensor  # uint8 [B|1, H|1, units, ceil(units / 8)]
+    tiling: Tiling
+    note: str = field(default="")
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.numel()
+
+    @classmethod
+    def pack(cls, mask: torch.Tensor, tiling: Tiling, note: str = "") -> PackedPlan:
+        """Pack a unit mask, bool [B|1, H|1, units, units]."""
+        width = -(-tiling.units // 8) * 8
+        padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, width - tiling.units))
+        weights = (1 << torch.arange(8, device=mask.device, dtype=torch.int32)).to(torch.uint8)
+        bits = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+        return cls(bits, tiling, note)
+
+    def mask(self) -> torch.Tensor:
+        """Return the unit mask, bool [B|1, H|1, units, units]."""
+        shifts = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
+        return ((self.bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., : self.tiling.units]
+
+    def expand(self) -> Plan:
+        """Rebuild the index lists."""
+        return replace(from_units(self.mask(), self.tiling), note=self.note)
+
+
+def from_units(mask: torch.Tensor, tiling: Tiling) -> Plan:
+    """Turn a mask over unit pairs, bool [B|1, H|1, units, units], into a one-branch plan.
+
+    Blocks that hold no token are left out; blocks without holes are marked full. Nothing is read back from the
+    device.
+    """
+    device = mask.device
+    tokens_q = torch.from_numpy(tiling.tokens_per_block(tiling.block_q)).to(device)
+    tokens_k = torch.from_numpy(tiling.tokens_per_block(tiling.block_k)).to(device)
+    per_q, per_k = tiling.unit // tiling.block_q, tiling.unit // tiling.block_k
+    blocks = mask.repeat_interleave(per_q, -2).repeat_interleave(per_k, -1)
+    blocks = blocks & (tokens_q > 0)[:, None] & (tokens_k > 0)[None]
+    full = blocks & (tokens_k == tiling.block_k)[None]
+    if tiling.identity:  # without an order the kernel counts blocks from the lengths, so drop what is beyond them
+        rows, cols = (-(-tiling.layout.length // size) for size in (tiling.block_q, tiling.block_k))
+        blocks, full = blocks[..., :rows, :cols], full[..., :rows, :cols]
+        tokens_q, tokens_k = tokens_q[:rows], tokens_k[:cols]
+    rank = blocks.to(torch.uint8) + full.to(torch.uint8)  # full blocks first, then ragged ones, then the rest
+    index = rank.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+    pairs = (blocks * (tokens_q[:, None] * tokens_k[None])).sum((-1, -2))
+    order = None if tiling.identity else tiling.on(device).slots[None, None]
+    branch = Branch(
+        block_q=tiling.block_q,
+        block_k=tiling.block_k,
+        index=index,
+        count=blocks.sum(-1, dtype=torch.int32),
+        full_count=full.sum(-1, dtype=torch.int32),
+        q_order=order,
+        k_order=order,
+    )
+    length = tiling.layout.length
+    return Plan(queries=length, keys=length, branches=(branch,), pairs=pairs)

@@ -1,0 +1,161 @@
+"""Cut a token layout into units and kernel blocks, once per layout; holes pad what is ragged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..config import HilbertOrder, RasterOrder, TileOrder
+from ..layout import Grid, TokenLayout
+from . import orders
+
+BLOCKS = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """Units of one layout under one order; all units have `unit` slots, a slot holds a token or a hole (-1).
+
+    `slots` [units * unit] token indices; `tokens` [units] real tokens; `grid` [units] whether the unit lies on a
+    grid (else text); `position` [units, 3] in unit lengths; `first_frame` and `sink_rank` [units] for keeps.
+    """
+
+    layout: TokenLayout
+    unit: int
+    block_q: int
+    block_k: int
+    slots: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int64]
+    grid: npt.NDArray[np.bool_]
+    position: npt.NDArray[np.float64]
+    first_frame: npt.NDArray[np.bool_]
+    sink_rank: npt.NDArray[np.int64]
+
+    @property
+    def units(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def identity(self) -> bool:
+        """Whether slots are the tokens as they lie, so that no order has to be applied."""
+        real = self.slots[: self.layout.length]
+        return bool((real == np.arange(len(real))).all() and (self.slots[len(real) :] == -1).all())
+
+    def tokens_per_block(self, block: int) -> npt.NDArray[np.int64]:
+        """Real tokens in each kernel block of `block` slots."""
+        return (self.slots.reshape(-1, block) >= 0).sum(-1)
+
+    def on(self, device: torch.device) -> DeviceTiling:
+        """Return the tensors of this tiling on a device, uploaded once."""
+        return _upload(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceTiling:
+    """The tensors of a Tiling on one device."""
+
+    slots: torch.Tensor  # int32 [units * unit]
+    tokens: torch.Tensor  # float32 [units]
+    grid: torch.Tensor  # bool [units]
+    position: torch.Tensor  # float32 [units, 3]
+
+
+@lru_cache(maxsize=64)
+def _upload(tiling: Tiling, device: torch.device) -> DeviceTiling:
+    return DeviceTiling(
+        slots=torch.from_numpy(tiling.slots).to(device),
+        tokens=torch.from_numpy(tiling.tokens).to(device, torch.float32),
+        grid=torch.from_numpy(tiling.grid).to(device),
+        position=torch.from_numpy(tiling.position).to(device, torch.float32),
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    tokens: npt.NDArray[np.int64]
+    position: tuple[float, float, float]
+    grid: bool
+    first_frame: bool = False
+    sink_rank: int = 1 << 40
+
+
+@lru_cache(maxsize=64)
+def tiling(
+    layout: TokenLayout, order: RasterOrder | TileOrder | HilbertOrder, block_q: int, block_k: int
+) -> Tiling:
+    """Cut `layout` by `order` into units for kernel tiles of at most `block_q` x `block_k` tokens."""
+    side = _tile(layout.main, order) if isinstance(order, TileOrder) else None
+    longest = int(np.prod(side)) if side else max(block_q, block_k)
+    block_q, block_k = _fit_block(longest, block_q), _fit_block(longest, block_k)
+    unit = -(-longest // max(block_q, block_k)) * max(block_q, block_k)
+    units: list[_Unit] = []
+    for start, segment in layout.spans():
+        if isinstance(segment, Grid):
+            units += _grid_units(start, segment, layout.main, order, side, unit)
+        else:
+            run = np.arange(start, start + segment.length, dtype=np.int64)
+            units += [_Unit(piece, (0.0, 0.0, 0.0), grid=False) for piece in orders.runs(run, unit)]
+    slots = np.full((len(units), unit), -1, dtype=np.int32)
+    for row, item in zip(slots, units, strict=True):
+        row[: len(item.tokens)] = item.tokens
+    return Tiling(
+        layout=layout,
+        unit=unit,
+        block_q=block_q,
+        block_k=block_k,
+        slots=slots.reshape(-1),
+        tokens=np.array([len(u.tokens) for u in units]),
+        grid=np.array([u.grid for u in units]),
+        position=np.array([u.position for u in units], dtype=np.float64),
+        first_frame=np.array([u.first_frame for u in units]),
+        sink_rank=np.array([u.sink_rank for u in units]),
+    )
+
+
+def _tile(grid: Grid, order: TileOrder) -> orders.Shape:
+    return orders.fit_tile(grid.shape, order.picture if grid.frames == 1 else order.video)
+
+
+def _fit_block(tokens: int, largest: int) -> int:
+    """Choose the kernel block that wastes least: padding costs its share, small blocks cost fixed overhead."""
+    sizes = [size for size in BLOCKS if size <= largest]
+    return min(sizes, key=lambda size: -(-tokens // size) * size * (1 + 16 / size))
+
+
+def _grid_units(
+    start: int,
+    grid: Grid,
+    main: Grid,
+    order: RasterOrder | TileOrder | HilbertOrder,
+    side: orders.Shape | None,
+    unit: int,
+) -> list[_Unit]:
+    if side is not None:
+        pieces = orders.tile(grid.shape, side)
+    else:
+        pieces = orders.ORDERS[order.kind](grid.shape, unit)
+        axes = sum(extent > 1 for extent in grid.shape)
+        edge = unit ** (1 / max(axes, 1))
+    scale = np.array(main.shape) / np.array(grid.shape)  # a reference lies over the picture it conditions
+    units = []
+    for piece in pieces:
+        cells = np.stack(np.unravel_index(piece, grid.shape), axis=-1)
+        if side is not None:
+            position = cells[0] // np.array(side) * scale
+        else:
+            position = cells.mean(axis=0) * scale / edge
+        is_main = grid.role == "main"
+        units.append(
+            _Unit(
+                tokens=piece + start,
+                position=(float(position[0]), float(position[1]), float(position[2])),
+                grid=True,
+                first_frame=is_main and bool((cells[:, 0] == 0).any()),
+                sink_rank=int(piece.min()) if is_main else 1 << 40,
+            )
+        )
+    return units

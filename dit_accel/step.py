@@ -1,0 +1,105 @@
+"""Which run, step and guidance branch a transformer call belongs to, read from the pipeline itself."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where in the denoising loop one transformer call stands.
+
+    `index` counts from 0 and is None when it could not be had, with the `reason`. `branch` is "0", "1", ... for the
+    calls within one step, or the name the pipeline gives them ("cond", "uncond").
+    """
+
+    run: int
+    index: int | None
+    total: int | None
+    branch: str
+    sigma: float | None = None
+    reason: str = ""
+
+
+class StepTracker:
+    """Follow one pipeline's denoising loop without patching it.
+
+    A run is new when `scheduler.timesteps` is another tensor object, which every `set_timesteps` makes, so a
+    cancelled run leaves nothing behind. The scheduler is looked up at each call because users swap it.
+    """
+
+    def __init__(self, pipe: Any | None) -> None:
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self._timesteps: weakref.ref[torch.Tensor] | None = None
+        self._manual: tuple[int, int, str | None] | None = None
+        self._calls: dict[int, int] = {}
+        self._index: int | None = None
+        self._context: str | None = None
+        self.run = 0
+
+    def set_manual(self, index: int, total: int, branch: str | None) -> None:
+        """Take the step from the user's own loop; index 0 after a later one starts a new run."""
+        if not 0 <= index < total:
+            raise ConfigError(f"step: index must lie in 0..{total - 1}, got {index}.")
+        if self._manual is None or (index, total) != self._manual[:2]:
+            if self._manual is None or index < self._manual[0] or total != self._manual[1]:
+                self.run += 1
+            self._calls.clear()
+        self._manual = (index, total, branch)
+
+    def enter_context(self, name: str | None) -> None:
+        """Note the name the pipeline gave to the coming call through `cache_context`."""
+        self._context = name
+
+    def observe(self, model: torch.nn.Module, timestep: torch.Tensor | None) -> StepInfo:
+        """Return where the call stands that `model` is about to make, and count it."""
+        if self._manual is not None:
+            index, total, branch = self._manual
+            return StepInfo(self.run, index, total, branch or self._count(model))
+        scheduler = getattr(self._pipe() if self._pipe else None, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if scheduler is None or not isinstance(timesteps, torch.Tensor) or timesteps.ndim == 0:
+            reason = "no step known: call handle.step(index, total) in your loop"
+            return StepInfo(self.run, None, None, self._count(model), reason=reason)
+        if self._timesteps is None or self._timesteps() is not timesteps:
+            self._timesteps = weakref.ref(timesteps)
+            self.run += 1
+            self._index = None
+            self._calls.clear()
+        begin = getattr(scheduler, "_begin_index", None) or 0
+        raw = self._raw_index(scheduler, timesteps, timestep, begin)
+        index = raw - begin
+        if index != self._index:
+            self._index = index
+            self._calls.clear()
+        branch = self._count(model)
+        return StepInfo(self.run, index, len(timesteps) - begin, self._context or branch, _sigma(scheduler, raw))
+
+    def _count(self, model: torch.nn.Module) -> str:
+        nth = self._calls.get(id(model), 0)
+        self._calls[id(model)] = nth + 1
+        return str(nth)
+
+    def _raw_index(
+        self, scheduler: Any, timesteps: torch.Tensor, timestep: torch.Tensor | None, begin: int
+    ) -> int:
+        if hasattr(scheduler, "_step_index"):
+            return begin if scheduler._step_index is None else int(scheduler._step_index)
+        # Schedulers without a counter (DDIM): find the timestep. One host read a step, on those schedulers only.
+        if timestep is None:
+            return begin
+        value = timestep.reshape(-1)[0].to(timesteps.device, torch.float64)
+        return int((timesteps.to(torch.float64) - value).abs().argmin())
+
+
+def _sigma(scheduler: Any, index: int) -> float | None:
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, torch.Tensor) or sigmas.device.type != "cpu" or index >= len(sigmas):
+        return None  # reading a device tensor would stall the GPU for a figure nobody needs on the hot path
+    return float(sigmas[index])
