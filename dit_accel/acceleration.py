@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -85,23 +85,13 @@ class Attachment:
 
     def _name_branches(self) -> None:
         """Learn the branch names that a pipeline gives through `cache_context`, by an instance attribute."""
-        transformer, tracker = self.transformer, self._tracker
-        original = transformer.cache_context
-
-        @contextmanager
-        def cache_context(name: str, **kwargs: Any) -> Any:
-            tracker.enter_context(name)
-            try:
-                with original(name, **kwargs):  # type: ignore[operator]
-                    yield
-            finally:
-                tracker.enter_context(None)
-
+        transformer = self.transformer
         previous = vars(transformer).get("cache_context")
-        transformer.cache_context = cache_context  # type: ignore[assignment]
+        named = _NamedContext(transformer, transformer.cache_context, self._tracker)
+        transformer.cache_context = named  # type: ignore[assignment]
 
         def undo() -> None:
-            if vars(transformer).get("cache_context") is not cache_context:
+            if vars(transformer).get("cache_context") is not named:
                 return
             if previous is None:
                 del transformer.cache_context
@@ -276,6 +266,28 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, (None,)
+
+
+class _NamedContext:
+    """The transformer's `cache_context`, with the name also told to the tracker; a deep copy is the stock method."""
+
+    def __init__(self, transformer: torch.nn.Module, original: Any, tracker: StepTracker) -> None:
+        self._transformer = transformer
+        self._original = original
+        self._tracker = tracker
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        self._tracker.enter_context(name)
+        try:
+            with self._original(name, **kwargs):
+                yield
+        finally:
+            self._tracker.enter_context(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._transformer), self._transformer)
+        return MethodType(type(copied).cache_context, copied)
 
 
 def _stand_in(original: Any, attachment: Attachment, site: Site) -> Any:

@@ -1,0 +1,21 @@
+"""What all tests share: no network, one seed, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+diffusers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,254 @@
+"""Every family: geometry and step read from the call, density 1 is stock, batch items stand alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import dit_accel
+from dit_accel.attend import AttentionCall
+from dit_accel.config import Recipe
+from dit_accel.hosts import all_families, family_of
+from dit_accel.sparsity.recipes import resolve
+
+SPARSE: Recipe = resolve(
+    "draft", density=0.5, dense_steps=0, picture=(1, 4, 4), video=(1, 4, 4), block_q=16, block_k=16
+)
+FULL = SPARSE.override(select={"kind": "top-p", "p": 1.0}, name="everything")
+LAYOUTS = {
+    "flux": "16 text + 1x17x13",
+    "kontext": "16 text + 1x8x8 + 1x16x16 reference",
+    "sd3": "1x26x22 + 93 text",
+    "wan": "3x5x3",
+    "hunyuan_video": "3x10x6 + 16 text",
+    "cogvideox": "16 text + 3x10x6",
+    "qwen_image": "8 text + 1x13x9",
+    "ltx": "3x8x16",
+    "pixart": "1x20x12",
+    "z_image": "1x18x14 + 4 pad + 32 text",
+}
+BATCHED_GUIDANCE = {"sd3", "cogvideox", "ltx", "pixart", "z_image"}
+
+
+def batched(call: dict[str, Any], n: int) -> dict[str, Any]:
+    """Ask for n samples: by a list of prompts, or by a number where the call carries embeddings."""
+    if "prompt" not in call:
+        return {**call, "num_images_per_prompt": n}
+    return {**call, **{key: [call[key]] * n for key in ("prompt", "negative_prompt") if key in call}}
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_layout_is_read_from_the_call(name: str) -> None:
+    pipe, call = tiny.FAMILIES[name]()
+    with dit_accel.accelerate(pipe, SPARSE) as handle:
+        tiny.generate(pipe, call)
+    assert handle.report().layout.startswith(LAYOUTS[name])
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_sparse_runs_differ_and_are_counted(name: str) -> None:
+    pipe, call = tiny.FAMILIES[name]()
+    stock = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, SPARSE) as handle:
+        sparse = tiny.generate(pipe, call)
+    report = handle.report()
+    assert torch.isfinite(sparse).all()
+    assert not torch.equal(stock, sparse)
+    assert report.sparse_calls == report.calls > 0
+    assert abs(report.density - 0.5) < 0.1, report
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_density_one_is_stock_bit_for_bit(name: str, guidance: bool) -> None:
+    pipe, call = tiny.FAMILIES[name]()
+    call = batched(call, 3)
+    if name == "qwen_image":
+        call["true_cfg_scale"] = 2.0 if guidance else 1.0
+    elif name in ("flux", "kontext") and guidance:
+        call |= {"negative_prompt": ["a dog"] * 3, "true_cfg_scale": 2.0}
+    else:
+        call["guidance_scale"] = 3.0 if guidance else 1.0
+    stock = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, SPARSE, density=1):
+        assert torch.equal(tiny.generate(pipe, call), stock)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_kernel_on_every_pair_is_stock_within_rounding(name: str) -> None:
+    """Run our kernel on all pairs: masks, padding, order and scale must all be right for this to hold."""
+    pipe, call = tiny.FAMILIES[name]()
+    stock = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, FULL) as handle:
+        ours = tiny.generate(pipe, call)
+    report = handle.report()
+    assert report.sparse_calls == report.calls
+    assert report.density == 1
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_batch_item_equals_itself_alone(name: str) -> None:
+    pipe, call = tiny.FAMILIES[name]()
+    shape = tiny.generate(pipe, call, steps=1).shape[1:]
+    noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3))
+    with dit_accel.accelerate(pipe, SPARSE):
+        together = tiny.generate(pipe, batched(call, 3), latents=noise.clone())
+        alone = [tiny.generate(pipe, call, latents=noise[i : i + 1].clone()) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_step_sigma_and_branch_are_known_at_every_call(name: str) -> None:
+    pipe, call = tiny.FAMILIES[name]()
+    if name in ("flux", "kontext"):
+        call |= {"negative_prompt": "a dog", "true_cfg_scale": 2.0}
+    seen: list[AttentionCall] = []
+
+    def watch(attention: AttentionCall) -> AttentionCall:
+        seen.append(attention)
+        return attention
+
+    with dit_accel.accelerate(pipe, SPARSE) as handle:
+        handle.stages = (watch,)
+        tiny.generate(pipe, call, steps=3)
+        first = len(seen)
+        tiny.generate(pipe, call, steps=2)
+    assert [s for i, a in enumerate(seen[:first]) if (s := a.step.index) != (seen[i - 1].step.index if i else None)] == [
+        0,
+        1,
+        2,
+    ]
+    assert {a.step.total for a in seen[:first]} == {3}
+    assert {a.step.total for a in seen[first:]} == {2}
+    assert seen[first].step.run == seen[0].step.run + 1
+    branches = {a.step.branch for a in seen}
+    sequential = name not in BATCHED_GUIDANCE and name != "hunyuan_video"
+    assert len(branches) == (2 if sequential else 1), branches
+    if name not in ("cogvideox", "pixart"):  # DDIM has no sigmas
+        sigmas = [a.step.sigma for a in seen[:first]]
+        assert None not in sigmas
+        assert sigmas == sorted(sigmas, reverse=True)  # type: ignore[type-var]
+
+
+def test_sites_are_the_self_attentions_only() -> None:
+    pipe, _ = tiny.wan()
+    with dit_accel.accelerate(pipe, SPARSE) as handle:
+        assert [site.name for site in handle.sites] == ["blocks.0.attn1", "blocks.1.attn1"]
+
+
+def test_every_family_class_exists_in_diffusers() -> None:
+    import diffusers
+
+    for family in all_families():
+        for name in family.classes:
+            assert hasattr(diffusers, name), name
+
+
+def test_subclass_of_a_known_transformer_is_found() -> None:
+    class Mine(type(tiny.flux_transformer())):  # type: ignore[misc]
+        pass
+
+    family = family_of(Mine(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2))
+    assert family is not None
+    assert family.name == "flux"
+
+
+def test_flux_with_fused_projections() -> None:
+    pipe, call = tiny.flux()
+    pipe.transformer.fuse_qkv_projections()
+    stock = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, FULL) as handle:
+        ours = tiny.generate(pipe, call)
+    assert handle.report().sparse_calls > 0
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_mask_that_differs_per_query_stays_dense_with_the_reason() -> None:
+    from diffusers import ChromaTransformer2DModel
+
+    model = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).float()
+    call = {
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(8, 3),
+        "attention_mask": torch.ones(1, 24, dtype=torch.bool),
+    }
+    with torch.no_grad(), dit_accel.accelerate(model, SPARSE, dense_steps=0) as handle:
+        handle.step(0, 1)
+        model(**call)
+    report = handle.report()
+    assert report.sparse_calls == 0
+    assert "differs from query to query" in report.rows[0].reason
+
+
+def test_irregular_position_ids_stay_dense_with_the_reason() -> None:
+    model = tiny.flux_transformer().eval()
+    ids = torch.zeros(15, 3)
+    ids[:, 1] = torch.arange(15) // 4
+    ids[:, 2] = torch.arange(15) % 4  # the last row is one short
+    with torch.no_grad(), dit_accel.accelerate(model, SPARSE) as handle:
+        handle.step(0, 1)
+        model(
+            hidden_states=torch.randn(1, 15, 4),
+            encoder_hidden_states=torch.randn(1, 8, 32),
+            pooled_projections=torch.randn(1, 32),
+            timestep=torch.tensor([0.5]),
+            img_ids=ids,
+            txt_ids=torch.zeros(8, 3),
+        )
+    assert handle.report().rows[0].reason == "img_ids is no full raster grid"
+
+
+def test_backend_that_bypasses_sdpa_is_noticed() -> None:
+    """A processor that never calls scaled_dot_product_attention must show up as dense, not as sparse."""
+    pipe, call = tiny.wan()
+
+    class Own:
+        _attention_backend = None
+        _parallel_config = None
+
+        def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return hidden_states
+
+    pipe.transformer.blocks[0].attn1.processor = Own()
+    with dit_accel.accelerate(pipe, SPARSE) as handle:
+        tiny.generate(pipe, call)
+    assert any("bypasses" in row.reason for row in handle.report().rows)
+
+
+def test_gradients_stay_stock() -> None:
+    model = tiny.flux_transformer()
+    x = torch.randn(1, 16, 4, requires_grad=True)
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).float()
+    with dit_accel.accelerate(model, SPARSE) as handle:
+        handle.step(0, 1)
+        out = model(
+            hidden_states=x,
+            encoder_hidden_states=torch.randn(1, 8, 32),
+            pooled_projections=torch.randn(1, 32),
+            timestep=torch.tensor([0.5]),
+            img_ids=ids,
+            txt_ids=torch.zeros(8, 3),
+        ).sample
+    out.sum().backward()
+    assert x.grad is not None
+    assert handle.report().rows[0].reason == "gradients are asked for"

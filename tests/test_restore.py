@@ -1,0 +1,314 @@
+"""Undo is exact, in any order, after anything the user did meanwhile; other pipelines never notice."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+import dit_accel
+from dit_accel.errors import AlreadyAcceleratedError, NonFiniteError, UnsupportedError
+
+OPTIONS = {"density": 0.5, "dense_steps": 0, "picture": (1, 4, 4), "video": (1, 4, 4), "block_q": 16, "block_k": 16}
+
+
+def snapshot(pipe: Any) -> dict[str, Any]:
+    """Describe everything about a pipeline's transformer that an accelerator could leave behind."""
+    state: dict[str, Any] = {}
+    for name, module in pipe.transformer.named_modules():
+        attributes = vars(module)
+        state[name] = (
+            type(module),
+            list(attributes),
+            [len(attributes[key]) for key in attributes if "hooks" in key],
+            "forward" in attributes,
+            "cache_context" in attributes,
+        )
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            state[name] += (type(processor), type(processor).__call__, list(vars(processor)))
+    return state
+
+
+def accelerated(pipe: Any, **changes: Any) -> dit_accel.Acceleration:
+    return dit_accel.accelerate(pipe, "draft", **{**OPTIONS, **changes})
+
+
+def three() -> list[tuple[Any, dict[str, Any]]]:
+    return [tiny.flux(0), tiny.flux(1), tiny.wan()]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_three_pipelines_restored_in_every_order(order: tuple[int, ...]) -> None:
+    pipes, twins = three(), three()
+    for pipe, call in twins:
+        tiny.generate(pipe, call)
+    stock = [tiny.generate(pipe, call) for pipe, call in twins]
+    handles = [accelerated(pipe) for pipe, _ in pipes]
+    for (pipe, call), expected, handle in zip(pipes, stock, handles, strict=True):
+        assert not torch.equal(tiny.generate(pipe, call), expected)
+        assert handle.report().sparse_calls > 0
+    fresh, call = tiny.flux(0)
+    assert torch.equal(tiny.generate(fresh, call), stock[0])
+    for i in order:
+        handles[i].restore()
+        assert not handles[i].live
+        pipe, call = pipes[i]
+        assert torch.equal(tiny.generate(pipe, call), stock[i])
+        assert snapshot(pipe) == snapshot(twins[i][0])
+
+
+def test_nested_contexts() -> None:
+    (a, call_a), (b, call_b) = tiny.flux(0), tiny.wan()
+    twin_a, twin_b = tiny.flux(0)[0], tiny.wan()[0]
+    stock_a, stock_b = tiny.generate(twin_a, call_a), tiny.generate(twin_b, call_b)
+    with accelerated(a):
+        with accelerated(b):
+            assert not torch.equal(tiny.generate(a, call_a), stock_a)
+            assert not torch.equal(tiny.generate(b, call_b), stock_b)
+        assert torch.equal(tiny.generate(b, call_b), stock_b)
+        assert not torch.equal(tiny.generate(a, call_a), stock_a)
+    assert torch.equal(tiny.generate(a, call_a), stock_a)
+    assert snapshot(a) == snapshot(twin_a)
+    assert snapshot(b) == snapshot(twin_b)
+
+
+def test_restore_twice_is_harmless() -> None:
+    pipe, _ = tiny.flux()
+    twin, _ = tiny.flux()
+    handle = accelerated(pipe)
+    handle.restore()
+    handle.restore()
+    assert snapshot(pipe) == snapshot(twin)
+
+
+def test_second_acceleration_raises_and_names_the_first() -> None:
+    pipe, call = tiny.flux()
+    with accelerated(pipe) as handle:
+        with pytest.raises(AlreadyAcceleratedError, match=r"'draft'.*restore\(\).*replace=True"):
+            dit_accel.accelerate(pipe, "grat")
+        with pytest.raises(AlreadyAcceleratedError):
+            dit_accel.accelerate(pipe.transformer, "grat")
+        second = dit_accel.accelerate(pipe, "grat-b", replace=True, dense_steps=0)
+        assert not handle.live
+        tiny.generate(pipe, call)
+        assert second.report().recipe == "grat-b"
+    second.restore()
+    twin, _ = tiny.flux()
+    tiny.generate(twin, call)
+    assert snapshot(pipe) == snapshot(twin)
+
+
+class CancelledError(Exception):
+    pass
+
+
+def cancel_in_step_two(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+    if step == 1:
+        raise CancelledError
+    return _[-1]
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+def test_after_an_exception_inside_step_two(make: Any) -> None:
+    (pipe, call), (twin, _) = make(), make()
+    fresh, _ = make()
+    with accelerated(fresh, every=2):
+        expected = tiny.generate(fresh, call, steps=4)
+    stock = tiny.generate(twin, call, steps=4)
+    handle = accelerated(pipe, every=2)
+    with pytest.raises(CancelledError):
+        tiny.generate(pipe, call, steps=4, seed=9, callback_on_step_end=cancel_in_step_two)
+    assert torch.equal(tiny.generate(pipe, call, steps=4), expected), "state of the cancelled run leaked"
+    with pytest.raises(CancelledError):
+        tiny.generate(pipe, call, steps=4, callback_on_step_end=cancel_in_step_two)
+    handle.restore()
+    assert torch.equal(tiny.generate(pipe, call, steps=4), stock)
+    assert snapshot(pipe) == snapshot(twin)
+
+
+def test_after_an_exception_inside_an_attention_call() -> None:
+    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
+    stock = tiny.generate(twin, call)
+
+    def explode(_: Any) -> Any:
+        raise CancelledError
+
+    with accelerated(pipe) as handle:
+        handle.stages = (explode,)
+        with pytest.raises(CancelledError):
+            tiny.generate(pipe, call)
+        handle.stages = ()
+        tiny.generate(pipe, call)
+    assert torch.equal(tiny.generate(pipe, call), stock)
+    assert snapshot(pipe) == snapshot(twin)
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+def test_after_pipe_to(make: Any) -> None:
+    (pipe, call), (twin, _) = make(), make()
+    with accelerated(pipe):
+        tiny.generate(pipe, call)
+        pipe.to(torch.float64)
+        twin.to(torch.float64)
+    assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
+    assert snapshot(pipe) == snapshot(twin)
+
+
+def test_scheduler_swapped_meanwhile_is_followed_and_kept() -> None:
+    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
+    config = dict(pipe.scheduler.config)
+    with accelerated(pipe, dense_steps=0.5) as handle:
+        tiny.generate(pipe, call, steps=4)
+        for target in (pipe, twin):
+            target.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=4.0)
+        tiny.generate(pipe, call, steps=6)
+        report = handle.report()
+        assert report.steps == 6
+        assert {row.steps for row in report.rows} == {"0-2", "3-5"}
+    assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
+
+
+def test_scheduler_of_two_calls_a_step() -> None:
+    pipe, call = tiny.sd3()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    stock = tiny.generate(pipe, call, steps=3)
+    with accelerated(pipe, density=1.0) as handle:
+        assert torch.equal(tiny.generate(pipe, call, steps=3), stock)
+        assert handle.report().steps == 5
+
+
+def test_attention_backend_swapped_meanwhile_is_used_and_kept() -> None:
+    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
+    with accelerated(pipe) as handle:
+        for target in (pipe, twin):
+            for module in target.transformer.modules():
+                if hasattr(module, "processor"):
+                    module.processor._attention_backend = "_native_math"
+        tiny.generate(pipe, call)
+        assert handle.report().sparse_calls > 0
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    assert processor._attention_backend == "_native_math"
+    assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
+    assert snapshot(pipe) == snapshot(twin)
+
+
+def test_processor_replaced_meanwhile_stays_the_users() -> None:
+    pipe, _ = tiny.flux()
+    attn = pipe.transformer.transformer_blocks[0].attn
+    mine = type(attn.processor)()
+    with accelerated(pipe):
+        attn.processor = mine
+    assert attn.processor is mine
+
+
+def test_deep_copy_of_an_accelerated_model_is_stock() -> None:
+    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
+    stock = tiny.generate(twin, call)
+    with accelerated(pipe) as handle:
+        pipe2, _ = tiny.flux()
+        pipe2.transformer = copy.deepcopy(pipe.transformer)
+        assert torch.equal(tiny.generate(pipe2, call), stock)
+        seen_by_the_handle = handle.report().calls
+        processors = {type(m.processor) for m in pipe2.transformer.modules() if hasattr(m, "processor")}
+    assert seen_by_the_handle == 0
+    assert processors == {type(twin.transformer.transformer_blocks[0].attn.processor)}
+
+
+def test_save_pretrained_of_an_accelerated_pipeline_is_stock(tmp_path: Any) -> None:
+    pipe, _ = tiny.flux()
+    with accelerated(pipe):
+        pipe.transformer.save_pretrained(tmp_path)
+    loaded = type(pipe.transformer).from_pretrained(tmp_path)
+    for a, b in zip(loaded.state_dict().values(), pipe.transformer.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_transformers_in_one_run() -> None:
+    """Wan 2.2 hands over from one transformer to another within a run; both must know the step."""
+    pipe, call = tiny.wan()
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.9)
+    stock = tiny.generate(pipe, call, steps=4)
+    with accelerated(pipe) as handle:
+        sparse = tiny.generate(pipe, call, steps=4)
+    report = handle.report()
+    assert {row.group for row in report.rows} == {"transformer.blocks", "transformer_2.blocks"}
+    assert report.steps == 4
+    assert not torch.equal(stock, sparse)
+    assert torch.equal(tiny.generate(pipe, call, steps=4), stock)
+
+
+def test_failed_accelerate_changes_nothing() -> None:
+    (pipe, _), (twin, _) = tiny.flux(), tiny.flux()
+    with pytest.raises(dit_accel.DitAccelError):
+        dit_accel.accelerate(pipe, "draft", densty=0.5)
+    assert snapshot(pipe) == snapshot(twin)
+    dit_accel.accelerate(pipe, "draft", density=0.5).restore()
+
+
+def test_wrong_objects_are_refused_with_what_they_hold() -> None:
+    with pytest.raises(UnsupportedError, match="int holds no diffusion transformer"):
+        dit_accel.accelerate(3)
+    with pytest.raises(UnsupportedError, match="Linear is no transformer whose token layout is known. Known: Chroma"):
+        dit_accel.accelerate(torch.nn.Linear(2, 2))
+    pipe, _ = tiny.flux()
+    pipe.transformer = None
+    with pytest.raises(UnsupportedError, match="its parts: .*vae"):
+        dit_accel.accelerate(pipe)
+
+
+def test_enabled_diffusers_cache_is_refused() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe, _ = tiny.flux()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(UnsupportedError, match="disable_cache"):
+        dit_accel.accelerate(pipe)
+    pipe.transformer.disable_cache()
+    dit_accel.accelerate(pipe).restore()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_latents_raise_and_name_the_step(value: float) -> None:
+    pipe, call = tiny.flux()
+    bad = torch.full((1, 221, 4), value)
+    with accelerated(pipe):
+        with pytest.raises(NonFiniteError, match="the latents handed in hold NaN or Inf"):
+            tiny.generate(pipe, call, latents=bad)
+
+        def poison(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": kwargs["latents"] * value} if step == 1 else kwargs
+
+        with pytest.raises(NonFiniteError, match="the latents after step 1"):
+            tiny.generate(pipe, call, steps=4, callback_on_step_end=poison)
+        assert torch.isfinite(tiny.generate(pipe, call)).all()
+
+
+def test_processor_with_weights_is_left_alone_and_named() -> None:
+    pipe, call = tiny.flux()
+
+    class Weighted(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None,
+                    attention_mask: Any = None, image_rotary_emb: Any = None) -> Any:  # fmt: skip
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    attn = pipe.transformer.transformer_blocks[0].attn
+    inner = attn.processor
+    del attn.processor
+    attn.processor = Weighted(inner)
+    with accelerated(pipe) as handle:
+        tiny.generate(pipe, call)
+    assert handle.report().untouched == {
+        "transformer_blocks.0.attn": "its processor Weighted has weights of its own"
+    }
+    assert isinstance(attn.processor, Weighted)

@@ -1,0 +1,432 @@
+"""Tiny random pipelines of eight families, built offline; they prove plumbing, not pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    StableDiffusion3Pipeline,
+    SD3Transformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+WORDS = "a an the cat dog of and photo dance monkey red blue taco style".split()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, pad_token_id=0, eos_token_id=1
+    )
+    return T5EncoderModel(config).eval()
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [chr(i) for i in range(33, 127)]
+    tokens = ["<|startoftext|>", "<|pad|>", "<|endoftext|>", *letters, *[c + "</w>" for c in letters]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", model_max_length=77)
+
+
+def clip(projection: bool = False, width: int = 32) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def flat_vae(latents: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4,),
+        latent_channels=latents,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    )
+
+
+def flux_transformer(double: int = 1, single: int = 1) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def flux(seed: int = 0) -> tuple[FluxPipeline, dict[str, Any]]:
+    torch.manual_seed(seed)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=word_tokenizer(),
+        transformer=flux_transformer(),
+        vae=flat_vae(1),
+    )
+    return pipe, {"prompt": "a cat", "height": 34, "width": 26, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def kontext() -> tuple[FluxKontextPipeline, dict[str, Any]]:
+    from PIL import Image
+
+    pipe = FluxKontextPipeline(**flux()[0].components)
+    picture = Image.effect_noise((32, 32), 64).convert("RGB")
+    sizes = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False}
+    return pipe, {"prompt": "a cat", "image": picture, **sizes, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def sd3() -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    pipe = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=clip(True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=word_tokenizer(),
+        transformer=transformer,
+        vae=flat_vae(4),
+    )
+    return pipe, {"prompt": "a cat", "height": 26, "width": 22, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def wan() -> tuple[WanPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    pipe = WanPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=t5(),
+        tokenizer=word_tokenizer(),
+        transformer_2=None,
+    )
+    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 80, "width": 48, "num_frames": 9}
+    return pipe, {**call, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def hunyuan_video() -> tuple[HunyuanVideoPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        image_condition_type=None,
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    llama = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    pipe = HunyuanVideoPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=LlamaModel(llama).eval(),
+        text_encoder_2=clip(width=8),
+        tokenizer=word_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+    )
+    call = {"prompt": "dance monkey", "prompt_template": {"template": "{}", "crop_start": 0}}
+    sizes = {"height": 80, "width": 48, "num_frames": 9, "max_sequence_length": 16}
+    return pipe, {**call, **sizes, "output_type": "latent"}
+
+
+def cogvideox() -> tuple[CogVideoXPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=12,
+        sample_height=20,
+        sample_frames=9,
+        patch_size=2,
+        max_text_seq_length=16,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    pipe = CogVideoXPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=t5(),
+        vae=vae,
+        transformer=transformer,
+        scheduler=DDIMScheduler(),
+    )
+    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 160, "width": 96, "num_frames": 9}
+    return pipe, {**call, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def qwen_image() -> tuple[QwenImagePipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe = QwenImagePipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    words = torch.randn(2, 1, 8, 16, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 8, dtype=torch.long)
+    mask[:, 6:] = 0  # padded text, so that the attention mask matters
+    call = {"prompt_embeds": words[0], "prompt_embeds_mask": mask}
+    negative = {"negative_prompt_embeds": words[1], "negative_prompt_embeds_mask": mask, "true_cfg_scale": 2.0}
+    return pipe, {**call, **negative, "height": 104, "width": 72, "output_type": "latent"}
+
+
+def ltx() -> tuple[LTXPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=1,
+        caption_channels=32,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+    )
+    vae.use_framewise_encoding = False
+    vae.use_framewise_decoding = False
+    pipe = LTXPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=t5(),
+        tokenizer=word_tokenizer(),
+    )
+    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 32, "width": 64, "num_frames": 9}
+    return pipe, {**call, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def pixart() -> tuple[PixArtAlphaPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        norm_type="ada_norm_single",
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    pipe = PixArtAlphaPipeline(
+        transformer=transformer, vae=vae, scheduler=DDIMScheduler(), text_encoder=t5(), tokenizer=word_tokenizer()
+    )
+    call = {"prompt": "a cat", "height": 40, "width": 24, "use_resolution_binning": False}
+    return pipe, {**call, "output_type": "latent"}
+
+
+def z_image() -> tuple[ZImagePipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        qk_norm=True,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 64, 64],
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[32, 64],
+        latent_channels=16,
+        scaling_factor=0.36,
+        shift_factor=0.11,
+    )
+    pipe = ZImagePipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    words = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    call = {"prompt_embeds": [words[0]], "negative_prompt_embeds": [words[1]], "height": 72, "width": 56}
+    return pipe, {**call, "output_type": "latent"}
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    f.__name__: f
+    for f in (flux, kontext, sd3, wan, hunyuan_video, cogvideox, qwen_image, ltx, pixart, z_image)
+}
+
+
+def generate(pipe: Any, call: dict[str, Any], *, steps: int = 2, seed: int = 0, **changes: Any) -> torch.Tensor:
+    """Run a pipeline and return its pictures or frames."""
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        **{**call, **changes}, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
+    )
+    return torch.as_tensor(out.images if hasattr(out, "images") else out.frames)
