@@ -24,6 +24,11 @@ def _fill_budget(ranked: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor 
     return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, taken)
 
 
+def _best(ranked: torch.Tensor) -> torch.Tensor:
+    """Mark the best pair of each row."""
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, ranked.argmax(-1, keepdim=True), True)
+
+
 def within(score: torch.Tensor, keep: torch.Tensor, radius: int) -> torch.Tensor:
     """Take all pairs whose rule distance (minus the score) is at most `radius` units."""
     return keep | (score >= -(radius + 0.5)) | ~torch.isfinite(score)
@@ -32,10 +37,10 @@ def within(score: torch.Tensor, keep: torch.Tensor, radius: int) -> torch.Tensor
 def top_k(
     score: torch.Tensor, keep: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, share: float
 ) -> torch.Tensor:
-    """Take in each row the best pairs until they cover `share` of the grid's key tokens."""
+    """Take in each row the best pairs until they cover `share` of the grid's key tokens, the best one always."""
     ranked = _prefer_kept(score, keep)
     taken = _fill_budget(ranked, cols, share * cols.sum())
-    return taken | keep | ~torch.isfinite(score)
+    return taken | _best(ranked) | keep | ~torch.isfinite(score)
 
 
 def percentile(
@@ -48,8 +53,8 @@ def percentile(
     ranked = _prefer_kept(score, keep).flatten(-2)
     pairs = rows[:, None] * cols[None]
     taken = _fill_budget(ranked, pairs.flatten(), share * pairs.sum()).view_as(score)
-    best = torch.zeros_like(taken).scatter_(-1, ranked.view_as(score).argmax(-1, keepdim=True), True)
-    return taken | (best & ~taken.any(-1, keepdim=True)) | keep | ~torch.isfinite(score)
+    best = _best(ranked.view_as(score)) & ~taken.any(-1, keepdim=True)
+    return taken | best | keep | ~torch.isfinite(score)
 
 
 def top_p(score: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:

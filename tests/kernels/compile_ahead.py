@@ -1,16 +1,14 @@
 """Compile the kernels for GPUs that are not here; prints one JSON line per variant.
 
 Runs as a process of its own, because TRITON_INTERPRET=1 replaces kernels when they are defined.
-Usage: python compile_ahead.py CAPABILITY...
+Usage: python compile_ahead.py CAPABILITY [VARIANT...]
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 import sys
-import time
+from typing import Any
 
 import torch
 import triton
@@ -18,49 +16,93 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_accel.kernels.block_sparse import triton as kernels
+from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
+from dit_accel.kernels.merge import triton as merging
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+BF16, FP32 = torch.bfloat16, torch.float32
+TYPES = {BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32"}
+
+# name: head dim, dtype, query block, key block, features, length
+VARIANTS = {
+    "bf16-128": (128, BF16, 128, 128, "", 1024),
+    "bf16-128-narrow": (128, BF16, 128, 64, "", 1024),
+    "bf16-128-small": (128, BF16, 64, 64, "", 1024),
+    "bf16-64-small": (64, BF16, 64, 64, "", 1024),
+    "bf16-64-ragged": (64, BF16, 128, 128, "", 1000),
+    "bf16-72-bias": (72, BF16, 128, 64, "bias", 1024),
+    "bf16-128-orders": (128, BF16, 128, 128, "orders", 1024),
+    "bf16-128-orders-full": (128, BF16, 128, 128, "orders full", 1024),
+    "bf16-128-predicate": (128, BF16, 128, 64, "predicate", 1024),
+    "bf16-128-everything": (128, BF16, 128, 128, "orders bias predicate", 1024),
+    "bf16-256-orders": (256, BF16, 128, 128, "orders", 1024),
+    "fp32-64": (64, FP32, 64, 64, "", 1024),
+    "fp32-128": (128, FP32, 128, 128, "", 1024),
+    "fp32-256-everything": (256, FP32, 128, 128, "orders bias predicate", 1024),
+}
 
 
-def problem_of(dim: int, dtype: torch.dtype, block_q: int, block_k: int, feature: str, length: int) -> Problem:
-    """A small call with one feature switched on."""
+def problem_of(dim: int, dtype: torch.dtype, block_q: int, block_k: int, features: str, length: int) -> Problem:
+    """A call with 16 heads; strides and addresses are divisible as a model's are."""
     slots = -(-length // 128) * 128
     q = torch.zeros(1, length, 16, dim, dtype=dtype)
-    order = torch.zeros(1, 16, slots, dtype=torch.int32) if "order" in feature else None
+    order = torch.zeros(1, 16, slots, dtype=torch.int32) if "orders" in features else None
     coords = torch.zeros(3, length, dtype=torch.int32)
     index = torch.zeros(1, 16, slots // block_q, 16, dtype=torch.int32)
+    count = index[..., 0].contiguous()
     return _checked(
-        q, q, q, index, index[..., 0].contiguous(), block_q, block_k, index[..., 0].contiguous(), order, order,
-        torch.zeros(1, 1, length) if "bias" in feature else None,
-        Predicate("box", (1, 1, 1), coords, coords) if "predicate" in feature else None,
+        q, q, q, index, count, block_q, block_k, count if "full" in features else count.clone(), order, order,
+        torch.zeros(1, 1, length) if "bias" in features else None,
+        Predicate("box", (1, 1, 1), coords, coords) if "predicate" in features else None,
         None,
     )  # fmt: skip
 
 
-def compile_for(capability: int, problem: Problem, tile) -> triton.compiler.CompiledKernel:
+def compile_attention(capability: int, problem: Problem, tile=None) -> triton.compiler.CompiledKernel:
     """Compile exactly what a launch of this call would."""
-    out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
-    kernels._pack = lambda x, order: x.new_empty(x.shape[0], x.shape[2], order.shape[2], x.shape[3]).transpose(1, 2)
-    _, args, constants = kernels.launch(problem, tile, out, lse)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    names = kernels._attention_kernel.arg_names
+    q = problem.q
+    out, lse = torch.empty_like(q), torch.empty(1, 16, q.shape[1])
+    if tile is None:
+        padded = triton.next_power_of_2(q.shape[3])
+        blocks = (problem.block_q, problem.block_k)
+        tile = choose(divmod(capability, 10), padded, q.element_size(), *blocks, splits=problem.splits)
+    # the copy itself needs a GPU; the launch only asks for its shape
+    attention._pack = lambda x, order: x[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
+    _, args, constants = attention.launch(problem, tile, out, lse)
+    return compile_launch(attention._attention_kernel, capability, args, constants)
+
+
+def compile_pack(capability: int) -> triton.compiler.CompiledKernel:
+    x, order = torch.zeros(1, 16, 64, 128, dtype=BF16), torch.zeros(1, 1, 64, dtype=torch.int32)
+    args = (x, x, order, *x.stride(), 0, 0, 64, 16)
+    return compile_launch(attention._pack_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
+
+
+def compile_merge(capability: int) -> triton.compiler.CompiledKernel:
+    out, lse = torch.zeros(1, 64, 16, 128, dtype=BF16), torch.zeros(1, 16, 64)
+    args = (out, out, out, None, lse, lse, lse, None, out, lse, 1024, 64, 16)
+    return compile_launch(merging._merge_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
+
+
+def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, Any]) -> triton.compiler.CompiledKernel:
+    """Compile with the types and the divisibility that these arguments would have at run time."""
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     signature, attrs = {}, {}
-    for at, (name, value) in enumerate(zip(names, args)):
+    for at, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         signature[name] = type_of(value)
         if signature[name] == "constexpr":
             constants[name] = value
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[(at,)] = [["tt.divisibility", 16]]
-    signature |= {name: "constexpr" for name in names[len(args) :]}
-    source = ASTSource(kernels._attention_kernel, signature, constants, attrs)
+    signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
+    source = ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def type_of(value) -> str:
+def type_of(value: object) -> str:
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, TensorDescriptor):
@@ -70,43 +112,20 @@ def type_of(value) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def variants():
-    bf16, fp32 = torch.bfloat16, torch.float32
-    yield "bf16-128", problem_of(128, bf16, 128, 128, "", 1024)
-    yield "bf16-128-narrow", problem_of(128, bf16, 128, 64, "", 1024)
-    yield "bf16-64-small", problem_of(64, bf16, 64, 64, "", 1024)
-    yield "bf16-64-ragged", problem_of(64, bf16, 128, 128, "", 1000)
-    yield "bf16-72-bias", problem_of(72, bf16, 128, 64, "bias", 1024)
-    yield "bf16-256-order", problem_of(256, bf16, 128, 128, "order", 1024)
-    yield "bf16-128-order-bias-predicate", problem_of(128, bf16, 128, 128, "order bias predicate", 1024)
-    yield "bf16-128-predicate", problem_of(128, bf16, 128, 64, "predicate", 1024)
-    yield "fp32-128", problem_of(128, fp32, 64, 64, "", 1024)
-    yield "fp32-256-order-bias-predicate", problem_of(256, fp32, 128, 128, "order bias predicate", 1024)
-
-
-def main(capabilities: list[int]) -> None:
-    for capability, (name, problem) in itertools.product(capabilities, variants()):
-        started = time.perf_counter()
-        q = problem.q
-        tile = choose(
-            divmod(capability, 10), triton.next_power_of_2(q.shape[3]), q.element_size(),
-            problem.block_q, problem.block_k, splits=problem.splits,
-        )  # fmt: skip
-        compiled = compile_for(capability, problem, tile)
-        report(capability, name, tile, compiled, started)
-
-
-def report(capability, name, tile, compiled, started) -> None:
-    line = {
-        "capability": capability,
-        "name": name,
-        "tile": str(tile),
-        "shared": compiled.metadata.shared,
-        "tma": bool(re.search(r"cp\.async\.bulk\.tensor", compiled.asm["ptx"])),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    print(json.dumps(line), flush=True)
+def main(capability: int, names: list[str]) -> None:
+    for name in names or [*VARIANTS, "pack", "merge"]:
+        if name in ("pack", "merge"):
+            compiled = {"pack": compile_pack, "merge": compile_merge}[name](capability)
+        else:
+            compiled = compile_attention(capability, problem_of(*VARIANTS[name]))
+        line = {
+            "capability": capability,
+            "name": name,
+            "shared": compiled.metadata.shared,
+            "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
+        }
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,129 @@
+"""Measure from which length on a planned sparse attention call beats dense, and write the presets' table.
+
+    python -m dit_accel.eval.bench_crossover [--out dit_accel/sparsity/crossover.json] [--quick]
+
+Dense is torch's scaled_dot_product_attention with its default backend; sparse holds decision, index lists and kernel,
+with the presets' own axes. Rows of other device types already in the file are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dit_accel.attend import run
+from dit_accel.config import Recipe
+from dit_accel.layout import TokenLayout
+from dit_accel.sparsity.crossover import TABLE
+from dit_accel.sparsity.decide import decide, tiling_for
+from dit_accel.sparsity.plan import from_units
+from dit_accel.sparsity.recipes import resolve
+
+DENSITIES = (0.2, 0.3, 0.5)
+SIDES = {"cpu": (16, 24, 32, 48, 64, 96), "cuda": (32, 48, 64, 96, 128, 192, 256)}
+SHAPES = {"cpu": (6, 64, torch.float32), "cuda": (24, 128, torch.bfloat16)}
+
+
+def timed_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Return the median time of a call in milliseconds, after two warm-up calls."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=20, rep=20 * repeats, return_mode="median"))
+    call()
+    spans = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        spans.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(spans)
+
+
+def measure(side: int, density: float, device: torch.device, repeats: int) -> dict[str, float]:
+    """Time one attention call over a picture of side x side tokens, dense and sparse."""
+    heads, dim, dtype = SHAPES[device.type]
+    layout = TokenLayout(grid=(1, side, side))
+    q, k, v = (torch.randn(1, layout.length, heads, dim, device=device, dtype=dtype) for _ in range(3))
+    recipe = resolve("balanced", density=density)
+
+    def dense() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+    def sparse() -> torch.Tensor:
+        return _planned(recipe, layout, q, k, v)
+
+    return {
+        "tokens": layout.length,
+        "density": density,
+        "dense_ms": round(timed_ms(dense, device, repeats), 4),
+        "sparse_ms": round(timed_ms(sparse, device, repeats), 4),
+    }
+
+
+def _planned(
+    recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    tiling = tiling_for(recipe, layout)
+    mask = decide(recipe, tiling, q, k, 1 / math.sqrt(q.shape[-1]))
+    return run(from_units(mask, tiling), q, k, v)
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Say on what the figures were taken."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return {
+        "device": name + threads,
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def write(path: Path, device: torch.device, rows: list[dict[str, float]]) -> None:
+    """Put this device type's rows into the table, keeping the others."""
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}, "measured_on": {}}
+    data["rows"][device.type] = rows
+    data["measured_on"][device.type] = provenance(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--quick", action="store_true", help="two sizes, for a look")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sides = SIDES[device.type][:2] if options.quick else SIDES[device.type]
+    jobs = [(side, density) for side in sides for density in DENSITIES]
+    rows = [measure(side, density, device, 7) for side, density in track(jobs, "measuring")]
+    table = Table("tokens", "density", "dense ms", "sparse ms", "dense / sparse")
+    for row in rows:
+        gain = row["dense_ms"] / row["sparse_ms"]
+        table.add_row(*(str(row[key]) for key in row), f"{gain:.2f}")
+    Console().print(table)
+    write(options.out, device, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Figures that compare pictures, against values known from elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_accel.pipelines.compare import GAIN, Cell, Likeness, difference, psnr, sheet, ssim
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def flat(value: int) -> Image.Image:
+    return Image.new("RGB", (32, 32), (value, value, value))
+
+
+def test_equal_pictures() -> None:
+    a = noise(0)
+    assert psnr(a, a) == math.inf
+    assert ssim(a, a) == pytest.approx(1, abs=1e-12)
+    assert Likeness.of(a, a) == Likeness(None, pytest.approx(1))
+    assert str(Likeness.of(a, a)) == "equal pictures"
+
+
+def test_psnr_of_a_known_error() -> None:
+    assert psnr(flat(100), flat(110)) == pytest.approx(20 * math.log10(255 / 10))
+
+
+def test_ssim_of_flat_pictures_is_the_luminance_term() -> None:
+    c1 = (0.01 * 255) ** 2
+    expected = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)
+    assert ssim(flat(100), flat(150)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_unrelated_noise_is_unlike() -> None:
+    assert abs(ssim(noise(0), noise(1))) < 0.05
+    assert str(Likeness.of(noise(0), noise(1))).startswith("PSNR 7.")
+
+
+def test_more_noise_means_lower_figures() -> None:
+    base = np.full((48, 64, 3), 128.0) + np.linspace(-60, 60, 64)[None, :, None]
+    step = np.random.default_rng(0).normal(size=base.shape)
+    pictures = [Image.fromarray((base + k * step).clip(0, 255).astype(np.uint8)) for k in (0, 2, 8, 32)]
+    figures = [(psnr(pictures[0], p), ssim(pictures[0], p)) for p in pictures[1:]]
+    assert figures == sorted(figures, reverse=True)
+
+
+def test_pictures_of_two_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        psnr(flat(0), noise(0))
+
+
+def test_difference_is_amplified_and_clipped() -> None:
+    assert difference(flat(100), flat(110)).getpixel((0, 0)) == (10 * GAIN,) * 3
+    assert difference(flat(0), flat(255)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sheet_shows_every_picture_and_label() -> None:
+    cells = [Cell(flat(value), ["a label that is wider than the picture is"]) for value in (10, 80, 160)]
+    bare = [Cell(cell.image, [""]) for cell in cells]
+    page = np.asarray(sheet([cells, cells]))
+    for value in (10, 80, 160):
+        assert (page == value).all(axis=2).sum() >= 2 * 256 * 256  # twice, enlarged to 256 pixels
+    assert (page == 0).all(axis=2).sum() > (np.asarray(sheet([bare, bare])) == 0).all(axis=2).sum()

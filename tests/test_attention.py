@@ -1,0 +1,72 @@
+"""The functional door on plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dit_accel
+from dit_accel.errors import ConfigError
+
+LAYOUT = dit_accel.TokenLayout(grid=(1, 12, 10), text=6, text_first=True)
+
+
+def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, LAYOUT.length, 3, 16, generator=g).to(dtype) for _ in range(3))
+
+
+def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+
+
+def test_density_one_is_stock() -> None:
+    q, k, v = qkv()
+    out, plan = dit_accel.attention(q, k, v, layout=LAYOUT, recipe="grat", density=1, return_plan=True)
+    assert plan.dense
+    assert torch.equal(out, stock(q, k, v))
+
+
+def test_scale_and_bias_reach_the_kernel() -> None:
+    q, k, v = qkv()
+    bias = torch.zeros(2, 1, LAYOUT.length)
+    bias[1, :, 3:6] = float("-inf")
+    everything = {"base": "balanced", "name": "all", "select": {"kind": "top-p", "p": 1.0}}
+    out = dit_accel.attention(q, k, v, layout=LAYOUT, recipe=everything, scale=0.5, key_bias=bias)
+    torch.testing.assert_close(out, stock(q, k, v, attn_mask=bias[:, :, None], scale=0.5), rtol=1e-5, atol=1e-5)
+    dense = dit_accel.attention(q, k, v, layout=LAYOUT, density=1, scale=0.5, key_bias=bias)
+    torch.testing.assert_close(dense, out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    out = dit_accel.attention(*qkv(dtype), layout=LAYOUT, recipe="draft", density=0.5)
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+
+
+def test_strided_inputs_need_no_copy() -> None:
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())
+    assert not q.is_contiguous()
+    same = dit_accel.attention(*qkv(), layout=LAYOUT, recipe="draft")
+    assert torch.equal(dit_accel.attention(q, k, v, layout=LAYOUT, recipe="draft"), same)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": dit_accel.TokenLayout(grid=(1, 4, 4))}, r"q has 126 tokens, but the layout 1x4x4 has 16"),
+        ({"recipe": "grot"}, "Did you mean 'grat'"),
+        ({"density": 3}, "density: input should be less than or equal to 1"),
+        ({"q": torch.zeros(2, 126, 16)}, r"\[B, S, H, D\]"),
+    ],
+)
+def test_bad_calls_are_named(change: dict[str, Any], message: str) -> None:
+    q, k, v = qkv()
+    good: dict[str, Any] = {"q": q, "k": k, "v": v, "layout": LAYOUT}
+    dit_accel.attention(**good)
+    with pytest.raises(ConfigError, match=message):
+        dit_accel.attention(**{**good, **change})

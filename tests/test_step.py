@@ -1,0 +1,114 @@
+"""The step is read from the scheduler, whatever kind it is and wherever it begins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from dit_accel.step import StepTracker
+
+MODEL = torch.nn.Identity()
+SCHEDULERS = [
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+class Pipe(SimpleNamespace):
+    """A pipeline as far as the tracker looks."""
+
+    __hash__ = object.__hash__
+
+
+def loop(pipe: Any, tracker: StepTracker, begin: int = 0, calls: int = 1, stop: int | None = None) -> list[Any]:
+    seen = []
+    sample = torch.ones(1, 4)
+    for i, t in enumerate(pipe.scheduler.timesteps[begin:]):
+        if i == stop:
+            break
+        seen += [tracker.observe(MODEL, t.expand(1)) for _ in range(calls)]
+        sample = pipe.scheduler.step(torch.zeros(1, 4), t, sample).prev_sample
+    return seen
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda c: c.__name__)
+def test_every_scheduler(cls: Any) -> None:
+    pipe = Pipe(scheduler=cls())
+    tracker = StepTracker(pipe)
+    for steps in (4, 6):
+        pipe.scheduler.set_timesteps(steps)
+        seen = loop(pipe, tracker, calls=2)
+        total = len(pipe.scheduler.timesteps)
+        assert [s.index for s in seen] == [i for i in range(total) for _ in range(2)]
+        assert [s.branch for s in seen] == ["0", "1"] * total
+        assert {s.total for s in seen} == {total}
+    assert tracker.run == 2
+
+
+def test_a_run_that_begins_in_the_middle() -> None:
+    """Image-to-image sets a begin index; its first step is step 0 of fewer."""
+    pipe = Pipe(scheduler=FlowMatchEulerDiscreteScheduler())
+    tracker = StepTracker(pipe)
+    pipe.scheduler.set_timesteps(8)
+    pipe.scheduler.set_begin_index(3)
+    seen = loop(pipe, tracker, begin=3)
+    assert [s.index for s in seen] == list(range(5))
+    assert {s.total for s in seen} == {5}
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda c: c.__name__)
+def test_after_a_cancelled_run(cls: Any) -> None:
+    pipe = Pipe(scheduler=cls())
+    tracker = StepTracker(pipe)
+    pipe.scheduler.set_timesteps(5)
+    loop(pipe, tracker, stop=2)
+    pipe.scheduler.set_timesteps(5)
+    seen = loop(pipe, tracker)
+    assert seen[0].index == 0
+    assert {s.run for s in seen} == {2}
+
+
+def test_a_swapped_scheduler_is_followed() -> None:
+    pipe = Pipe(scheduler=DDIMScheduler())
+    tracker = StepTracker(pipe)
+    pipe.scheduler.set_timesteps(3)
+    loop(pipe, tracker)
+    pipe.scheduler = EulerDiscreteScheduler()
+    pipe.scheduler.set_timesteps(4)
+    assert [s.index for s in loop(pipe, tracker)] == [0, 1, 2, 3]
+
+
+def test_without_a_scheduler_the_step_is_unknown_with_the_reason() -> None:
+    for pipe in (None, Pipe(), Pipe(scheduler=None)):
+        step = StepTracker(pipe).observe(MODEL, None)
+        assert step.index is None
+        assert "handle.step" in step.reason
+
+
+def test_a_pipeline_that_is_gone_is_noticed() -> None:
+    tracker = StepTracker(Pipe(scheduler=DDIMScheduler()))
+    assert tracker.observe(MODEL, None).index is None
+
+
+def test_own_loop_starts_a_new_run_when_the_index_falls_back() -> None:
+    tracker = StepTracker(None)
+    runs = []
+    for index in (0, 1, 2, 0, 1):
+        tracker.set_manual(index, 3, None)
+        runs.append((tracker.observe(MODEL, None).run, tracker.observe(MODEL, None).branch))
+    assert runs == [(1, "1"), (1, "1"), (1, "1"), (2, "1"), (2, "1")]
