@@ -298,8 +298,8 @@ def _stand_in(original: Any, attachment: Attachment, site: Site) -> Any:
     """
     cls = type(original)
     family = attachment.family
-    own = family.attention if cls.__name__ in family.processors else None
-    attention = own or intercepted_attention
+    known = cls.__name__ in family.processors and cls.__module__.startswith("diffusers.")
+    attention = family.attention if known and family.attention else intercepted_attention
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ def test_figures_add_up() -> None:
         tiny.generate(pipe, call, steps=4)
         report = handle.report()
     assert (report.calls, report.sparse_calls, report.steps) == (8, 4, 4)
+    assert report.density == pytest.approx(0.4, rel=0.2)
     assert report.overall_density == pytest.approx((1 + report.density) / 2)
     assert {(row.steps, row.kind) for row in report.rows} == {("0-1", "dense"), ("2-3", "sparse")}
     assert {row.group for row in report.rows} == {"transformer_blocks", "single_transformer_blocks"}

@@ -1,0 +1,155 @@
+"""Deliberate faults in the engine: for each one, a named test of this suite fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_attention
+import test_hosts
+import test_planner
+import test_recipes
+import test_report
+import test_restore
+import tiny
+import torch
+
+from dit_accel import api, attend
+from dit_accel.hosts import generic
+from dit_accel.sparsity import decide, plan, planner, scores, selectors
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+Detector = Callable[[], None]
+
+
+def swapped_heads(patch: pytest.MonkeyPatch) -> None:
+    original = attend.run
+    patch.setattr(attend, "run", lambda *args, **kwargs: original(*args, **kwargs).flip(2))
+
+
+def shifted_index(patch: pytest.MonkeyPatch) -> None:
+    original = plan.from_units
+
+    def shifted(mask: torch.Tensor, tiling: Any) -> plan.Plan:
+        return original(mask.roll(1, -1), tiling)
+
+    patch.setattr(planner, "from_units", shifted)
+
+
+def stale_plan(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(planner.Planner, "_still_good", lambda *_: True)
+
+
+def state_survives_the_run(patch: pytest.MonkeyPatch) -> None:
+    original = planner.Planner._by_content
+
+    def never_cleared(self: Any, call: Any) -> Any:
+        self._run = call.step.run
+        return original(self, call)
+
+    patch.setattr(planner.Planner, "_by_content", never_cleared)
+
+
+def dropped_text(patch: pytest.MonkeyPatch) -> None:
+    original = decide.decide
+
+    def without_text(recipe: Any, tiling: Any, *rest: Any) -> torch.Tensor:
+        mask = original(recipe, tiling, *rest).clone()
+        mask[..., ~torch.from_numpy(tiling.grid)] = False
+        return mask
+
+    patch.setattr(planner, "decide", without_text)
+
+
+def wrong_scale(patch: pytest.MonkeyPatch) -> None:
+    original = api.run
+    patch.setattr(api, "run", lambda p, q, k, v, scale, bias: original(p, q, k, v, scale * 1.05, bias))
+
+
+def forgotten_padding(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(generic, "key_bias", lambda mask, keys: (None, ""))
+
+
+def unrotated_keys(patch: pytest.MonkeyPatch) -> None:
+    original = attend.run
+    patch.setattr(attend, "run", lambda p, q, k, v, s, b: original(p, q, k.roll(1, 1), v, s, b))
+
+
+def transposed_scores(patch: pytest.MonkeyPatch) -> None:
+    original = scores.pooled
+    patch.setattr(scores, "pooled", lambda *args: original(*args).transpose(-1, -2))
+
+
+def worst_instead_of_best(patch: pytest.MonkeyPatch) -> None:
+    original = selectors._prefer_kept
+    patch.setattr(selectors, "_prefer_kept", lambda s, k: original(-s, k))
+
+
+def nan_is_ignored(patch: pytest.MonkeyPatch) -> None:
+    original = scores.pooled
+    patch.setattr(scores, "pooled", lambda *args: original(*args).nan_to_num(0))
+
+
+def batch_shares_the_first_plan(patch: pytest.MonkeyPatch) -> None:
+    original = decide.decide
+    patch.setattr(planner, "decide", lambda *args: original(*args)[:1])
+
+
+def sparse_counted_as_dense(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan.Plan, "density", lambda self: torch.ones(()))
+
+
+def forgotten_processor(patch: pytest.MonkeyPatch) -> None:
+    from dit_accel.acceleration import Attachment
+
+    patch.setattr(Attachment, "detach", lambda self: self._undo.clear())
+
+
+def call_is_not_changed_by_stages(patch: pytest.MonkeyPatch) -> None:
+    original = attend.attend
+
+    def without_stages(call: Any, engine: Any) -> torch.Tensor:
+        stages, engine.stages = engine.stages, ()
+        try:
+            return original(call, engine)
+        finally:
+            engine.stages = stages
+
+    from dit_accel.hosts import flux
+
+    patch.setattr(flux, "attend", without_stages)
+
+
+LAYOUT = test_recipes.LAYOUTS[0]
+MUTANTS: list[tuple[Mutation, Detector]] = [
+    (swapped_heads, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("flux")),
+    (shifted_index, lambda: test_recipes.test_grat_keeps_the_groups_its_paper_names(LAYOUT, "grat-b", 1)),
+    (stale_plan, lambda: test_planner.test_nothing_stale_is_used({"step": test_planner.StepInfo(1, 5, 8, "cond")})),
+    (state_survives_the_run, test_planner.test_a_new_run_frees_the_old_ones_state),
+    (dropped_text, lambda: test_recipes.test_text_is_never_dropped("draft", LAYOUT)),
+    (wrong_scale, test_attention.test_scale_and_bias_reach_the_kernel),
+    (forgotten_padding, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("qwen_image")),
+    (unrotated_keys, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("flux")),
+    (transposed_scores, lambda: test_recipes.test_draft_keeps_the_percentile_its_paper_names(LAYOUT, 0.5)),
+    (worst_instead_of_best, lambda: test_recipes.test_draft_keeps_the_percentile_its_paper_names(LAYOUT, 0.5)),
+    (nan_is_ignored, lambda: test_recipes.test_undecidable_tokens_are_computed_in_full(float("nan"))),
+    (batch_shares_the_first_plan, lambda: test_hosts.test_batch_item_equals_itself_alone("flux")),
+    (sparse_counted_as_dense, test_report.test_figures_add_up),
+    (forgotten_processor, lambda: test_restore.test_three_pipelines_restored_in_every_order((0, 1, 2))),
+    (call_is_not_changed_by_stages, test_report.test_stages_run_before_the_plan),
+]
+
+
+@pytest.mark.parametrize(("mutation", "detector"), MUTANTS, ids=[m.__name__ for m, _ in MUTANTS])
+def test_the_fault_is_caught(mutation: Mutation, detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector()
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError):
+        detector()
+
+
+def test_tiny_pipelines_are_deterministic() -> None:
+    """Without this, the detectors above could fail for no fault at all."""
+    pipe, call = tiny.flux()
+    assert torch.equal(tiny.generate(pipe, call), tiny.generate(pipe, call))
