@@ -1,9 +1,9 @@
 """dit_accel: sparse attention and attention controls for Hugging Face diffusers' diffusion transformers.
 
-    import dit_accel
-    with dit_accel.accelerate(pipe, "draft", density=0.3) as handle:
-        picture = pipe("a taco").images[0]
-        print(handle.report())
+import dit_accel
+with dit_accel.accelerate(pipe, "draft", density=0.3) as handle:
+    picture = pipe("a taco").images[0]
+    print(handle.report())
 """
 
 from __future__ import annotations
@@ -36,7 +36,23 @@ _HOMES = {
     "demo_models": "api",
     "recipes": "api",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Acceleration",
+    "AttentionState",
+    "DitAccelError",
+    "Grid",
+    "Pad",
+    "Recipe",
+    "Report",
+    "Text",
+    "TokenLayout",
+    "__version__",
+    "accelerate",
+    "attention",
+    "demo_model",
+    "demo_models",
+    "recipes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,9 @@ _MODELS = Path(__file__).parent / "demo_models"
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
-def accelerate(target: Any, recipe: RecipeLike = "balanced", *, replace: bool = False, **overrides: Any) -> Acceleration:
+def accelerate(
+    target: Any, recipe: RecipeLike = "balanced", *, replace: bool = False, **overrides: Any
+) -> Acceleration:
     """Accelerate a diffusers pipeline, or a bare transformer, and return the handle that undoes and reports it.
 
     Args:
@@ -130,21 +132,23 @@ def attention(
     """
     settled = resolve(recipe, density=density).override(dense_steps=0, dense_layers=0, adaptive=False)
     if not (q.ndim == 4 and q.shape == k.shape == v.shape):
-        raise ConfigError(f"attention: expected q, k, v alike as [B, S, H, D], got {[tuple(x.shape) for x in (q, k, v)]}.")
+        raise ConfigError(
+            f"attention: expected q, k, v alike as [B, S, H, D], got {[tuple(x.shape) for x in (q, k, v)]}."
+        )
     if q.shape[1] != layout.length:
         raise ConfigError(f"attention: q has {q.shape[1]} tokens, but the layout {layout} has {layout.length}.")
     state = state or AttentionState()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     step = StepInfo(run=1, index=state.step, total=None, branch="0")
     state.step += 1
-    call = AttentionCall(_PLAIN, step, layout, q, k, v, scale, stock=_never, key_bias=key_bias)
+    call = AttentionCall(_PLAIN, step, layout, q, k, v, factor, stock=_never, key_bias=key_bias)
     plan = Plan(q.shape[1], q.shape[1]) if settled.density == 1 else state.planner(settled).plan(call)
     if plan.dense:
         mask = None if key_bias is None else key_bias[:, :, None].to(q.dtype)
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=factor).transpose(1, 2)
     else:
-        out = run(plan, q, k, v, scale, key_bias)
+        out = run(plan, q, k, v, factor, key_bias)
     return (out, plan) if return_plan else out
 
 

@@ -102,7 +102,7 @@ def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
 @lru_cache(maxsize=256)
 def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
     """Return which backend runs sparse calls on such tensors, and why it is not the fast one ('' if it is)."""
+    if device.type != "cuda":
+        return "reference", f"the Triton kernels run on CUDA devices, this is {device.type}"
     reasons = unsupported_reasons("triton", device=device, dtype=dtype, head_dim=head_dim)
-    if device.type == "cuda" and not reasons:
-        return "triton", ""
-    return "reference", "; ".join(reasons) or f"no kernel for {device.type}"
+    return ("reference", "; ".join(reasons)) if reasons else ("triton", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -97,11 +97,9 @@ class Keeps(Config):
     sinks: Annotated[int, Field(ge=0)] = 0
 
 
-Order = Annotated[Union[RasterOrder, TileOrder, HilbertOrder], Field(discriminator="kind")]
-Score = Annotated[Union[GeometryScore, PooledScore], Field(discriminator="kind")]
-Select = Annotated[
-    Union[WithinSelect, TopKSelect, TopPSelect, PercentileSelect], Field(discriminator="kind")
-]
+Order = Annotated[RasterOrder | TileOrder | HilbertOrder, Field(discriminator="kind")]
+Score = Annotated[GeometryScore | PooledScore, Field(discriminator="kind")]
+Select = Annotated[WithinSelect | TopKSelect | TopPSelect | PercentileSelect, Field(discriminator="kind")]
 AXES = ("order", "score", "select", "keeps")
 
 
@@ -172,11 +170,12 @@ class Recipe(Config):
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis}={getattr(self, axis)!r}" for axis in AXES)
-        return f"{self.name}: {axes}, every={self.every}, dense_steps={self.dense_steps:g}, dense_layers={self.dense_layers}"
+        when = f"every={self.every}, dense_steps={self.dense_steps:g}, dense_layers={self.dense_layers}"
+        return f"{self.name}: {axes}, {when}"
 
 
 def build(cls: type[Config], data: Any, where: str) -> Any:
-    """Validate `data` into `cls`; raise ConfigError that names the field, what was expected and the nearest spelling."""
+    """Validate `data` into `cls`; raise ConfigError that names the field, what it takes and the nearest spelling."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")
     try:

@@ -75,7 +75,8 @@ class TokenLayout:
             if text < 0:
                 raise ConfigError(f"TokenLayout.text: expected 0 or more tokens, got {text}.")
             words: list[Segment] = [Text(text)] if text else []
-            cells: list[Segment] = [Grid(*(int(n) for n in grid))]
+            frames, height, width = (int(n) for n in grid)
+            cells: list[Segment] = [Grid(frames, height, width)]
             segments = words + cells if text_first else cells + words
         object.__setattr__(self, "segments", tuple(segments))
         self._check()

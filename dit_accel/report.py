@@ -94,16 +94,33 @@ class Report:
         share = "" if self.attention_share is None else f", attention {self.attention_share:.0%} of GPU time"
         table = Table(
             title=f"{self.recipe}: density {self.density:.3f} where sparse, {self.overall_density:.3f} overall",
-            caption=f"{self.sparse_calls} of {self.calls} calls sparse, {self.steps} steps, tokens {self.layout}{share}",
+            caption=f"{self.sparse_calls} of {self.calls} calls sparse, {self.steps} steps, {self.layout}{share}",
             box=box.SIMPLE,
         )
         timed = any(row.ms is not None for row in self.rows)
-        for name in ("layers", "steps", "ran", "calls", "density", "kernel", *(["ms"] if timed else []), "why"):
-            table.add_column(name, justify="right" if name in ("calls", "density", "ms") else "left", overflow="fold")
+        for name in (
+            "layers",
+            "steps",
+            "ran",
+            "calls",
+            "density",
+            "kernel",
+            *(["ms"] if timed else []),
+            "why",
+        ):
+            number = name in ("calls", "density", "ms")
+            table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=name != "why")
         for row in self.rows:
             ms = [] if not timed else ["" if row.ms is None else f"{row.ms:.1f}"]
             table.add_row(
-                row.group, row.steps, row.kind, str(row.calls), f"{row.density:.3f}", row.kernel, *ms, row.reason
+                row.group,
+                row.steps,
+                row.kind,
+                str(row.calls),
+                f"{row.density:.3f}",
+                row.kernel,
+                *ms,
+                row.reason,
             )
         return table
 

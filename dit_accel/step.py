@@ -86,9 +86,7 @@ class StepTracker:
         self._calls[id(model)] = nth + 1
         return str(nth)
 
-    def _raw_index(
-        self, scheduler: Any, timesteps: torch.Tensor, timestep: torch.Tensor | None, begin: int
-    ) -> int:
+    def _raw_index(self, scheduler: Any, timesteps: torch.Tensor, timestep: torch.Tensor | None, begin: int) -> int:
         if hasattr(scheduler, "_step_index"):
             return begin if scheduler._step_index is None else int(scheduler._step_index)
         # Schedulers without a counter (DDIM): find the timestep. One host read a step, on those schedulers only.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import subprocess
@@ -50,9 +51,9 @@ class Case:
 
 CASES = [
     Case("video-32k-d128", 32768, 24, 128, (32, 32, 32), (4, 4, 8)),
-    Case("video-32k-d64", 32768, 40, 64, (32, 32, 32), (4, 4, 8), densities=(0.5, 0.25, 0.10)),
-    Case("flux-1024-d128", 4608, 24, 128, (1, 64, 72), (1, 8, 16), densities=(1.0, 0.5, 0.25)),
     Case("wan-480p-ragged-d128", 32760, 12, 128, blocks=((128, 128),), densities=(0.25,)),
+    Case("flux-1024-d128", 4608, 24, 128, (1, 64, 72), (1, 16, 8), densities=(1.0, 0.5, 0.25)),
+    Case("video-32k-d64", 32768, 40, 64, (32, 32, 32), (4, 4, 8), densities=(0.25, 0.10)),
     Case("wan-720p-d128", 75648, 40, 128, blocks=((128, 128),), densities=(0.25, 0.10)),
 ]
 
@@ -88,7 +89,7 @@ def random_lists(case: Case, block_q: int, block_k: int, density: float, device:
 
 
 def sampled_error(q: Tensor, k: Tensor, v: Tensor, call: dict, run: Callable) -> float:
-    """Relative error ‖out - gold‖ / ‖gold‖ over random rows, gold in fp64; NaN where memory stayed unwritten."""
+    """Relative error ‖out - gold‖ / ‖gold‖ over random rows against fp64; NaN where nothing was written."""
     poison = [torch.full_like(q, math.nan) for _ in range(2)]  # what the allocator hands out next
     del poison
     out, lse = run()
@@ -118,7 +119,7 @@ def sampled_error(q: Tensor, k: Tensor, v: Tensor, call: dict, run: Callable) ->
 def median_ms(run: Callable) -> float:
     from triton.testing import do_bench
 
-    return float(do_bench(run, warmup=25, rep=150, return_mode="median"))  # type: ignore[arg-type]
+    return float(do_bench(run, warmup=25, rep=100, return_mode="median"))  # type: ignore[arg-type]
 
 
 def dense_rows(case: Case, q: Tensor, k: Tensor, v: Tensor) -> list[Row]:
@@ -136,12 +137,23 @@ def dense_rows(case: Case, q: Tensor, k: Tensor, v: Tensor) -> list[Row]:
 
 
 def sparse_row(
-    case: Case, qkv: tuple[Tensor, Tensor, Tensor], block: tuple[int, int], density: float, order: str, dense: float
+    case: Case,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    block: tuple[int, int],
+    density: float,
+    order: str,
+    dense: float,
 ) -> Row:
     """Check one configuration, then time it; `order` is "raster", "tile" or "tile, all full"."""
     q, k, v = qkv
     index, count = random_lists(case, *block, density, q.device.type)
-    call = {"index": index, "count": count, "block_q": block[0], "block_k": block[1], "full_count": count.clone()}
+    call = {
+        "index": index,
+        "count": count,
+        "block_q": block[0],
+        "block_k": block[1],
+        "full_count": count.clone(),
+    }
     if order != "raster":
         assert case.grid is not None
         assert case.tile is not None
@@ -176,8 +188,8 @@ def run_case(case: Case) -> list[Row]:
     show(rows)
     orders = ["raster"] if case.grid is None else ["raster", "tile", "tile, all full"]
     for block in case.blocks:
-        for density in case.densities:
-            for order in orders:
+        for density, order in itertools.product(case.densities, orders):
+            if order == "raster" or density in (0.25, 0.10):
                 rows.append(sparse_row(case, (q, k, v), block, density, order, rows[0].tflops))
                 show(rows[-1:])
     return rows

@@ -75,9 +75,7 @@ def measure(side: int, density: float, device: torch.device, repeats: int) -> di
     }
 
 
-def _planned(
-    recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def _planned(recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     tiling = tiling_for(recipe, layout)
     mask = decide(recipe, tiling, q, k, 1 / math.sqrt(q.shape[-1]))
     return run(from_units(mask, tiling), q, k, v)

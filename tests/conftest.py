@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine it waits long
 transformers.logging.set_verbosity_error()
 diffusers.logging.set_verbosity_error()
 

@@ -137,3 +137,10 @@ def test_good_layouts() -> None:
 def test_demo_model_names_are_checked() -> None:
     with pytest.raises(ConfigError, match="no model is called 'emoji-flx'"):
         dit_accel.demo_model("emoji-flx")
+
+
+def test_the_example_recipe_loads_and_round_trips(tmp_path: Path) -> None:
+    recipe = resolve(Path(__file__).parent.parent / "examples" / "my_recipe.yaml")
+    assert recipe.order.kind == "hilbert"
+    write_file(recipe, tmp_path / "copy.yaml")
+    assert resolve(tmp_path / "copy.yaml") == recipe

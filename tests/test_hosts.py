@@ -117,7 +117,9 @@ def test_step_sigma_and_branch_are_known_at_every_call(name: str) -> None:
         tiny.generate(pipe, call, steps=3)
         first = len(seen)
         tiny.generate(pipe, call, steps=2)
-    assert [s for i, a in enumerate(seen[:first]) if (s := a.step.index) != (seen[i - 1].step.index if i else None)] == [
+    assert [
+        s for i, a in enumerate(seen[:first]) if (s := a.step.index) != (seen[i - 1].step.index if i else None)
+    ] == [
         0,
         1,
         2,

@@ -125,14 +125,20 @@ LAYOUT = test_recipes.LAYOUTS[0]
 MUTANTS: list[tuple[Mutation, Detector]] = [
     (swapped_heads, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("flux")),
     (shifted_index, lambda: test_recipes.test_grat_keeps_the_groups_its_paper_names(LAYOUT, "grat-b", 1)),
-    (stale_plan, lambda: test_planner.test_nothing_stale_is_used({"step": test_planner.StepInfo(1, 5, 8, "cond")})),
+    (
+        stale_plan,
+        lambda: test_planner.test_nothing_stale_is_used({"step": test_planner.StepInfo(1, 5, 8, "cond")}),
+    ),
     (state_survives_the_run, test_planner.test_a_new_run_frees_the_old_ones_state),
     (dropped_text, lambda: test_recipes.test_text_is_never_dropped("draft", LAYOUT)),
     (wrong_scale, test_attention.test_scale_and_bias_reach_the_kernel),
     (forgotten_padding, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("qwen_image")),
     (unrotated_keys, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("flux")),
     (transposed_scores, lambda: test_recipes.test_draft_keeps_the_percentile_its_paper_names(LAYOUT, 0.5)),
-    (worst_instead_of_best, lambda: test_recipes.test_draft_keeps_the_percentile_its_paper_names(LAYOUT, 0.5)),
+    (
+        worst_instead_of_best,
+        lambda: test_recipes.test_draft_keeps_the_percentile_its_paper_names(LAYOUT, 0.5),
+    ),
     (nan_is_ignored, lambda: test_recipes.test_undecidable_tokens_are_computed_in_full(float("nan"))),
     (batch_shares_the_first_plan, lambda: test_hosts.test_batch_item_equals_itself_alone("flux")),
     (sparse_counted_as_dense, test_report.test_figures_add_up),

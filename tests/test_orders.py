@@ -68,9 +68,7 @@ def test_tiles_hold_the_cells_of_their_box() -> None:
         ((33, 45, 80), (4, 8, 8), (4, 8, 8)),
     ],
 )
-def test_tiles_shrink_on_small_grids_only(
-    grid: orders.Shape, size: orders.Shape, expected: orders.Shape
-) -> None:
+def test_tiles_shrink_on_small_grids_only(grid: orders.Shape, size: orders.Shape, expected: orders.Shape) -> None:
     assert orders.fit_tile(grid, size) == expected
 
 

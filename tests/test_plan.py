@@ -120,7 +120,9 @@ def test_bytes_and_picture() -> None:
     assert plan.nbytes >= branch.index.numel() * 4 + branch.count.numel() * 4
     picture = plan.draw(64)
     assert picture.size == (3 * 72 - 8, 64)
-    assert {0, 255} <= set(picture.get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.getdata())
+    assert {0, 255} <= set(
+        picture.get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.getdata()
+    )
 
 
 def test_branch_with_a_predicate_masks_by_it() -> None:

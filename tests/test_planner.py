@@ -120,7 +120,14 @@ def test_reasons_to_stay_dense(changes: dict[str, Any], step: StepInfo, reason: 
 
 def test_second_run_equals_a_fresh_process() -> None:
     """State carried over a change of size, a shorter run and other seeds must not show."""
-    options = {"density": 0.4, "every": 3, "picture": (1, 4, 4), "block_q": 16, "block_k": 16, "dense_steps": 0}
+    options = {
+        "density": 0.4,
+        "every": 3,
+        "picture": (1, 4, 4),
+        "block_q": 16,
+        "block_k": 16,
+        "dense_steps": 0,
+    }
     pipe, generation = tiny.flux()
     with dit_accel.accelerate(pipe, "draft", **options):
         expected = tiny.generate(pipe, generation, steps=5, seed=7)
@@ -133,7 +140,14 @@ def test_second_run_equals_a_fresh_process() -> None:
 
 def test_guidance_branches_share_nothing() -> None:
     """With the second branch's text changed, the first branch's plans must stay as they were."""
-    options = {"density": 0.4, "every": 4, "picture": (1, 4, 4), "block_q": 16, "block_k": 16, "dense_steps": 0}
+    options = {
+        "density": 0.4,
+        "every": 4,
+        "picture": (1, 4, 4),
+        "block_q": 16,
+        "block_k": 16,
+        "dense_steps": 0,
+    }
     kept: list[dict[tuple[str, str], torch.Tensor]] = []
     for negative in ("a dog", "the red taco"):
         pipe, generation = tiny.flux()

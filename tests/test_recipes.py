@@ -17,7 +17,9 @@ from dit_accel.sparsity.recipes import resolve
 SMALL = {"block_q": 16, "block_k": 16}
 
 
-def planned(recipe: Recipe, layout: TokenLayout, seed: int = 0, heads: int = 2) -> tuple[Plan, torch.Tensor, torch.Tensor]:
+def planned(
+    recipe: Recipe, layout: TokenLayout, seed: int = 0, heads: int = 2
+) -> tuple[Plan, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, layout.length, heads, 16, generator=g) for _ in range(3))
     _, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, return_plan=True)

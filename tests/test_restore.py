@@ -14,7 +14,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 import dit_accel
 from dit_accel.errors import AlreadyAcceleratedError, NonFiniteError, UnsupportedError
 
-OPTIONS = {"density": 0.5, "dense_steps": 0, "picture": (1, 4, 4), "video": (1, 4, 4), "block_q": 16, "block_k": 16}
+OPTIONS = {
+    "density": 0.5,
+    "dense_steps": 0,
+    "picture": (1, 4, 4),
+    "video": (1, 4, 4),
+    "block_q": 16,
+    "block_k": 16,
+}
 
 
 def snapshot(pipe: Any) -> dict[str, Any]:
@@ -255,11 +262,11 @@ def test_failed_accelerate_changes_nothing() -> None:
 def test_wrong_objects_are_refused_with_what_they_hold() -> None:
     with pytest.raises(UnsupportedError, match="int holds no diffusion transformer"):
         dit_accel.accelerate(3)
-    with pytest.raises(UnsupportedError, match="Linear is no transformer whose token layout is known. Known: Chroma"):
+    with pytest.raises(UnsupportedError, match="Linear is no transformer whose token layout is known"):
         dit_accel.accelerate(torch.nn.Linear(2, 2))
     pipe, _ = tiny.flux()
     pipe.transformer = None
-    with pytest.raises(UnsupportedError, match="its parts: .*vae"):
+    with pytest.raises(UnsupportedError, match=r"its parts: .*vae"):
         dit_accel.accelerate(pipe)
 
 
@@ -308,7 +315,5 @@ def test_processor_with_weights_is_left_alone_and_named() -> None:
     attn.processor = Weighted(inner)
     with accelerated(pipe) as handle:
         tiny.generate(pipe, call)
-    assert handle.report().untouched == {
-        "transformer_blocks.0.attn": "its processor Weighted has weights of its own"
-    }
+    assert handle.report().untouched == {"transformer_blocks.0.attn": "its processor Weighted has weights of its own"}
     assert isinstance(attn.processor, Weighted)

@@ -28,8 +28,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
-    StableDiffusion3Pipeline,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -48,7 +48,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-WORDS = "a an the cat dog of and photo dance monkey red blue taco style".split()
+WORDS = ["a", "an", "the", "cat", "dog", "of", "and", "photo", "dance", "monkey", "red", "blue", "taco", "style"]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,7 +57,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 
@@ -127,7 +131,13 @@ def flux(seed: int = 0) -> tuple[FluxPipeline, dict[str, Any]]:
         transformer=flux_transformer(),
         vae=flat_vae(1),
     )
-    return pipe, {"prompt": "a cat", "height": 34, "width": 26, "max_sequence_length": 16, "output_type": "latent"}
+    return pipe, {
+        "prompt": "a cat",
+        "height": 34,
+        "width": 26,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
 
 
 def kontext() -> tuple[FluxKontextPipeline, dict[str, Any]]:
@@ -136,7 +146,13 @@ def kontext() -> tuple[FluxKontextPipeline, dict[str, Any]]:
     pipe = FluxKontextPipeline(**flux()[0].components)
     picture = Image.effect_noise((32, 32), 64).convert("RGB")
     sizes = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False}
-    return pipe, {"prompt": "a cat", "image": picture, **sizes, "max_sequence_length": 16, "output_type": "latent"}
+    return pipe, {
+        "prompt": "a cat",
+        "image": picture,
+        **sizes,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
 
 
 def sd3() -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
@@ -166,7 +182,13 @@ def sd3() -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
         transformer=transformer,
         vae=flat_vae(4),
     )
-    return pipe, {"prompt": "a cat", "height": 26, "width": 22, "max_sequence_length": 16, "output_type": "latent"}
+    return pipe, {
+        "prompt": "a cat",
+        "height": 26,
+        "width": 22,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
 
 
 def wan() -> tuple[WanPipeline, dict[str, Any]]:
@@ -316,7 +338,11 @@ def qwen_image() -> tuple[QwenImagePipeline, dict[str, Any]]:
     mask = torch.ones(1, 8, dtype=torch.long)
     mask[:, 6:] = 0  # padded text, so that the attention mask matters
     call = {"prompt_embeds": words[0], "prompt_embeds_mask": mask}
-    negative = {"negative_prompt_embeds": words[1], "negative_prompt_embeds_mask": mask, "true_cfg_scale": 2.0}
+    negative = {
+        "negative_prompt_embeds": words[1],
+        "negative_prompt_embeds_mask": mask,
+        "true_cfg_scale": 2.0,
+    }
     return pipe, {**call, **negative, "height": 104, "width": 72, "output_type": "latent"}
 
 
@@ -375,7 +401,11 @@ def pixart() -> tuple[PixArtAlphaPipeline, dict[str, Any]]:
     )
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipe = PixArtAlphaPipeline(
-        transformer=transformer, vae=vae, scheduler=DDIMScheduler(), text_encoder=t5(), tokenizer=word_tokenizer()
+        transformer=transformer,
+        vae=vae,
+        scheduler=DDIMScheduler(),
+        text_encoder=t5(),
+        tokenizer=word_tokenizer(),
     )
     call = {"prompt": "a cat", "height": 40, "width": 24, "use_resolution_binning": False}
     return pipe, {**call, "output_type": "latent"}
@@ -418,15 +448,12 @@ def z_image() -> tuple[ZImagePipeline, dict[str, Any]]:
 
 
 FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    f.__name__: f
-    for f in (flux, kontext, sd3, wan, hunyuan_video, cogvideox, qwen_image, ltx, pixart, z_image)
+    f.__name__: f for f in (flux, kontext, sd3, wan, hunyuan_video, cogvideox, qwen_image, ltx, pixart, z_image)
 }
 
 
 def generate(pipe: Any, call: dict[str, Any], *, steps: int = 2, seed: int = 0, **changes: Any) -> torch.Tensor:
     """Run a pipeline and return its pictures or frames."""
     pipe.set_progress_bar_config(disable=True)
-    out = pipe(
-        **{**call, **changes}, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
-    )
+    out = pipe(**{**call, **changes}, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed))
     return torch.as_tensor(out.images if hasattr(out, "images") else out.frames)

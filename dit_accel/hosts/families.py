@@ -19,6 +19,7 @@ _Z_IMAGE_MULTIPLE = 32  # Z-Image rounds the picture and the caption up to this 
 
 
 def _latents(arguments: Arguments, rank: int) -> tuple[int, ...]:
+    """Return the shape of the latents, which must have `rank` dimensions."""
     x = arguments.get("hidden_states")
     if not isinstance(x, torch.Tensor) or x.ndim != rank:
         raise LayoutUnknownError(f"hidden_states is no tensor of {rank} dimensions")
@@ -69,16 +70,17 @@ def _video_alone(transformer: torch.nn.Module, arguments: Arguments, _: dict[str
 
 
 def _cogvideox(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
-    _, frames, _, height, width = _latents(arguments, 5)
+    shape = _latents(arguments, 5)
+    frames, height, width = shape[1], shape[3], shape[4]
     pt, ph, pw = _patch(transformer)
     return TokenLayout([*_text(arguments), Grid(-(-frames // pt), height // ph, width // pw)])
 
 
 def _ltx(_: torch.nn.Module, arguments: Arguments, __: dict[str, Any]) -> TokenLayout:
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    if not all(isinstance(size, int) for size in sizes):
+    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    if not (isinstance(frames, int) and isinstance(height, int) and isinstance(width, int)):
         raise LayoutUnknownError("the call carries no num_frames, height and width")
-    return TokenLayout(grid=(sizes[0], sizes[1], sizes[2]))  # type: ignore[arg-type]
+    return TokenLayout(grid=(frames, height, width))
 
 
 def _qwen_image(_: torch.nn.Module, arguments: Arguments, __: dict[str, Any]) -> TokenLayout:

@@ -65,9 +65,7 @@ def attention(
 
     `hidden_states` [B, S, C]; returns what the processor returns: a tensor, or (picture, text) in double blocks.
     """
-    stock = partial(
-        original, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **others
-    )
+    stock = partial(original, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **others)
     text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
     reason = attachment.dense_reason(site, hidden_states, hidden_states.shape[1] + text)
     if not reason and attention_mask is not None:
@@ -100,7 +98,9 @@ def _joint_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Project and normalise, text before picture, each [B, S, H, D]; fused projections are honoured."""
     fused = getattr(attn, "fused_projections", False)
-    q, k, v = attn.to_qkv(picture).chunk(3, -1) if fused else (attn.to_q(picture), attn.to_k(picture), attn.to_v(picture))
+    q, k, v = (
+        attn.to_qkv(picture).chunk(3, -1) if fused else (attn.to_q(picture), attn.to_k(picture), attn.to_v(picture))
+    )
     q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
     q, k = attn.norm_q(q), attn.norm_k(k)
     if text is None or attn.added_kv_proj_dim is None:
@@ -117,7 +117,10 @@ def _joint_qkv(
 def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     from diffusers.models.embeddings import apply_rotary_emb
 
-    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+    if rotary is None:
+        return x
+    rotated: Any = apply_rotary_emb(x, rotary, sequence_dim=1)  # type: ignore[arg-type]
+    return rotated
 
 
 def _dispatch(original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

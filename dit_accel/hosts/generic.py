@@ -34,7 +34,13 @@ class _Intercept(TorchFunctionMode):
 
 
 def attention(
-    original: Any, attachment: Attachment, site: Site, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    original: Any,
+    attachment: Attachment,
+    site: Site,
+    attn: Any,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Stand in for any processor; what it returns is what the processor returns."""
     stock = partial(original, attn, hidden_states, *args, **kwargs)
@@ -121,4 +127,3 @@ def key_bias(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None,
     if row.dtype == torch.bool:
         return torch.zeros(row.shape, device=row.device).masked_fill(~row, float("-inf")), ""
     return row.float(), ""
-

@@ -67,10 +67,14 @@ def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
     """Turn a name, a YAML/JSON file, a mapping or a Recipe, plus overrides, into a validated Recipe.
 
     A mapping or file may name a `base` recipe and then only the settings that differ. Overrides of None are
-    left out. Raises ConfigError.
+    left out. A density asked for is carried out: it takes a preset its right to go dense. Raises ConfigError.
     """
     changes = {key: value for key, value in overrides.items() if value is not None}
-    return _base(recipe).override(**changes) if changes else _base(recipe)
+    if not changes:
+        return _base(recipe)
+    if "density" in changes:
+        changes.setdefault("adaptive", False)
+    return _base(recipe).override(**changes)
 
 
 def _base(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:

@@ -84,9 +84,7 @@ class _Unit:
 
 
 @lru_cache(maxsize=64)
-def tiling(
-    layout: TokenLayout, order: RasterOrder | TileOrder | HilbertOrder, block_q: int, block_k: int
-) -> Tiling:
+def tiling(layout: TokenLayout, order: RasterOrder | TileOrder | HilbertOrder, block_q: int, block_k: int) -> Tiling:
     """Cut `layout` by `order` into units for kernel tiles of at most `block_q` x `block_k` tokens."""
     side = _tile(layout.main, order) if isinstance(order, TileOrder) else None
     longest = int(np.prod(side)) if side else max(block_q, block_k)
@@ -138,8 +136,7 @@ def _grid_units(
         pieces = orders.tile(grid.shape, side)
     else:
         pieces = orders.ORDERS[order.kind](grid.shape, unit)
-        axes = sum(extent > 1 for extent in grid.shape)
-        edge = unit ** (1 / max(axes, 1))
+    edge = unit ** (1 / max(sum(extent > 1 for extent in grid.shape), 1))  # side of a unit that is no tile
     scale = np.array(main.shape) / np.array(grid.shape)  # a reference lies over the picture it conditions
     units = []
     for piece in pieces:

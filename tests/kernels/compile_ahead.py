@@ -67,7 +67,8 @@ def compile_attention(capability: int, problem: Problem, tile=None) -> triton.co
     if tile is None:
         padded = triton.next_power_of_2(q.shape[3])
         blocks = (problem.block_q, problem.block_k)
-        tile = choose(divmod(capability, 10), padded, q.element_size(), *blocks, splits=problem.splits)
+        kind = attention.kind_of(problem)
+        tile = choose(divmod(capability, 10), padded, q.element_size(), *blocks, kind)
     # the copy itself needs a GPU; the launch only asks for its shape
     attention._pack = lambda x, order: x[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
     _, args, constants = attention.launch(problem, tile, out, lse)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from attention_gold import check, make_call, pair_mask
+from attention_gold import check, dense, make_call, pair_mask
 
 from dit_accel.kernels.block_sparse import block_sparse_attention, unsupported_reasons
 from dit_accel.kernels.block_sparse.api import _checked
@@ -20,7 +20,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 CASES = {
-    **{f"dim-{d}": {"dim": d, "dtype": t} for d, t in zip((16, 40, 72, 80, 96), (FP32, BF16, HALF, BF16, HALF), strict=True)},
+    **{f"dim-{d}": {"dim": d, "dtype": t} for d, t in ((16, FP32), (40, BF16), (72, HALF), (80, BF16), (96, HALF))},
     "dim-128": {"dim": 128, "dtype": BF16, "q_len": 200, "block_q": 128, "block_k": 128},
     "dim-256": {"dim": 256, "dtype": BF16, "heads": 1},
     **{f"length-{n}": {"q_len": n, "dtype": HALF} for n in (1, 15, 63, 64, 129)},
@@ -36,13 +36,17 @@ CASES = {
     "bias-inf": {"bias": "inf", "q_len": 129, "full": True},
     "orders": {"orders": True, "q_len": 128, "dtype": BF16, "full": True},
     "orders-holes": {"orders": True, "holes": 40, "q_len": 100, "full": True, "list_heads": 2},
-    "orders-holes-bias": {"orders": True, "holes": 70, "q_len": 90, "bias": "inf", "dtype": BF16, "full": True},
+    "orders-holes-bias": {"orders": True, "holes": 70, "q_len": 90, "bias": "inf", "full": True},
+    "orders-full-behind-holes": {
+        "orders": True, "holes": 90, "q_len": 120, "block_k": 16, "bias": "finite", "full": True, "density": 1.1, "heads": 1,
+    },
     "orders-per-sample": {"orders": True, "holes": 9, "batch": 2, "list_batch": 2, "dtype": HALF},
     "box": {"predicate": "box", "dtype": BF16, "full": True, "q_len": 129},
     "disk": {"predicate": "disk", "full": True},
     "band": {"predicate": "band", "dtype": HALF},
     "box-orders-holes-bias": {
-        "predicate": "box", "orders": True, "holes": 30, "bias": "inf", "list_heads": 2, "full": True, "q_len": 110,
+        "predicate": "box", "orders": True, "holes": 30, "bias": "inf", "list_heads": 2, "full": True,
+        "q_len": 110,
     },
 }  # fmt: skip
 
@@ -106,8 +110,6 @@ def test_density_one_is_dense(backend, device):
 def test_what_no_query_sees_does_not_leak(case, poison, backend, device):
     call = make_call(**CASES[case], device=device)
     # keys that no query sees: unselected, masked by bias, or nobody's neighbour
-    call["density"] = None
-    del call["density"]
     unseen = (~pair_mask(call).any(2)).all(1)  # [B, Sk]
     if not unseen.any():  # then make some
         call["key_bias"] = torch.zeros(1, 1, call["k"].shape[1], device=device)
@@ -155,9 +157,7 @@ def test_any_strides(how, backend, device):
 
 
 @on_both
-@pytest.mark.parametrize(
-    "outlier", ["large-q", "large-k", "fp16-edge", "lse-plus-80", "lse-minus-80", "other-scale"]
-)
+@pytest.mark.parametrize("outlier", ["large-q", "large-k", "fp16-edge", "lse-plus-80", "lse-minus-80", "other-scale"])
 def test_outliers(outlier, backend, device):
     call = make_call(dtype=HALF if outlier == "fp16-edge" else FP32, q_len=129, device=device)
     if outlier == "large-q":
@@ -233,14 +233,14 @@ def random_case(seed):
 
 
 @on_both
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_sweep(seed, backend, device):
     sweep(seed, backend, device)
 
 
 @pytest.mark.full
 @on_both
-@pytest.mark.parametrize("seed", range(12, 312))
+@pytest.mark.parametrize("seed", range(6, 306))
 def test_long_random_sweep(seed, backend, device):
     sweep(seed, backend, device)
 
@@ -309,7 +309,7 @@ def test_a_named_backend_is_obeyed_or_refused():
     with pytest.raises(NotImplementedError, match="float64"):
         run(call, "triton")
     out, lse = run(call, "reference")
-    gold, _ = __import__("attention_gold").dense(call, pair_mask(call), torch.float64)
+    gold, _ = dense(call, pair_mask(call), torch.float64)
     assert (out - gold).abs().max() < 1e-12
     assert lse.dtype == FP32
 
@@ -322,12 +322,10 @@ def test_gradients_are_allowed_off():
 
 
 def test_import_does_not_load_triton():
-    code = "import sys, types; import dit_accel.kernels.block_sparse, dit_accel.kernels.merge; print('triton' in sys.modules)"
+    ours = "import torch; before = 'triton' in sys.modules; import dit_accel.kernels.block_sparse"
+    code = f"import sys; {ours}, dit_accel.kernels.merge; print(before == ('triton' in sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded_by_torch = subprocess.run(
-        [sys.executable, "-c", "import sys, torch; print('triton' in sys.modules)"], capture_output=True, text=True, check=True
-    )
-    assert answer.stdout == loaded_by_torch.stdout
+    assert answer.stdout.strip() == "True"
 
 
 # --- sizes and races that need a GPU ---
@@ -339,7 +337,15 @@ def test_import_does_not_load_triton():
 def test_longer(dim, length, device):
     for features in ({}, {"orders": True, "holes": 77, "full": True}, {"predicate": "box", "bias": "inf"}):
         call = make_call(
-            dtype=BF16, q_len=length, dim=dim, block_q=128, block_k=128, density=0.3, list_heads=2, device=device, **features
+            dtype=BF16,
+            q_len=length,
+            dim=dim,
+            block_q=128,
+            block_k=128,
+            density=0.3,
+            list_heads=2,
+            device=device,
+            **features,
         )
         check(call, *run(call, "triton"))
 
@@ -366,8 +372,8 @@ def test_video_lengths_on_sampled_rows(length, device):
 @needs_cuda
 def test_250_repeats_are_equal(device):
     call = make_call(
-        dtype=BF16, batch=60, q_len=384, dim=128, block_q=128, block_k=128, density=0.7, orders=True, holes=50, full=True,
-        device=device,
+        dtype=BF16, batch=60, q_len=384, dim=128, block_q=128, block_k=128, density=0.7, orders=True, holes=50,
+        full=True, device=device,
     )  # fmt: skip
     first = run(call, "triton")
     for _ in range(250):

@@ -48,9 +48,7 @@ def test_existing_file_is_kept_and_force_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_file_that_appears_meanwhile_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
+def test_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     path = tmp_path / "a.png"
     monkeypatch.setattr(provenance.os, "fsync", lambda _: path.write_bytes(b"theirs"))
     if not links:

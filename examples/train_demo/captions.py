@@ -1,0 +1,91 @@
+"""Captions of the training pictures and the word-level tokenizers of both text encoders."""
+
+import random
+
+import torch
+from data import STYLES, Pair
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+PAD, EOS, UNK, BOS = "<pad>", "</s>", "<unk>", "<s>"
+SPECIALS = (PAD, EOS, UNK, BOS)  # ids 0 to 3
+LENGTH = 32  # longest caption trained on, in tokens
+CLIP_LENGTH = 77
+T5_LENGTH = 512
+VARIANTS = 24  # captions drawn up for one picture
+MAIN_SHARE, EMPTY_SHARE, STYLE_SHARE, CONCEPT_SHARE = 0.45, 0.08, 0.04, 0.04
+TEMPLATES = (
+    "a {label}, {style} style",
+    "{label} in {style} style",
+    "a {label} in {style} style",
+    "{style} style {label}",
+    "{style} {label}",
+    "{label}, {style}",
+    "an emoji of a {label}, {style} style",
+    "a picture of a {label}, {style} style",
+    "a drawing of a {label} in {style} style",
+    "{label}, {tags}, {style} style",
+    "a {label}, {tags}, {style} style",
+    "{unknown} {label}, {style} style",
+    "a {unknown} {label} in {style} style",
+)
+
+
+def variants(pair: Pair, seed: int) -> list[str]:
+    """Caption 0 is the main one; 1, 2, 3 are empty, style only and concept only; the rest are free forms."""
+    rng = random.Random(seed)
+    style = STYLES[pair.style]
+    captions = [pair.caption, "", f"{style} style", pair.label]
+    while len(captions) < VARIANTS:
+        tags = rng.sample(pair.tags, min(len(pair.tags), rng.randint(1, 3)))
+        text = rng.choice(TEMPLATES).format(label=pair.label, style=style, tags=", ".join(tags), unknown=UNK)
+        captions.append(text)
+    return captions
+
+
+def variant_shares() -> torch.Tensor:
+    shares = torch.full((VARIANTS,), 1.0)
+    fixed = torch.tensor([MAIN_SHARE, EMPTY_SHARE, STYLE_SHARE, CONCEPT_SHARE])
+    shares[4:] = (1 - fixed.sum()) / (VARIANTS - 4)
+    shares[:4] = fixed
+    return shares
+
+
+def build_vocabulary(pairs: list[Pair]) -> dict[str, int]:
+    texts = [text.format(label="", style="", tags="", unknown="") for text in TEMPLATES] + list(STYLES)
+    texts += [t for p in pairs for t in (p.label, *p.tags)]
+    splitter = word_splitter()
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())}
+    return {word: i for i, word in enumerate([*SPECIALS, *sorted(words)])}
+
+
+def word_splitter() -> pre_tokenizers.PreTokenizer:
+    """Words and single punctuation marks; the unknown-word token stays whole."""
+    return pre_tokenizers.Split(Regex(r"<unk>|\w+|[^\w\s]"), behavior="removed", invert=True)
+
+
+def build_tokenizer(vocabulary: dict[str, int], clip: bool) -> PreTrainedTokenizerFast:
+    """CLIP's starts with <s> and reads 77 tokens; T5's has no start token and reads 512."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = word_splitter()
+    template = f"{BOS} $A {EOS}" if clip else f"$A {EOS}"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(s, vocabulary[s]) for s in (BOS, EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        bos_token=BOS if clip else None,
+        model_max_length=CLIP_LENGTH if clip else T5_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int = LENGTH) -> torch.Tensor:
+    """Padded and cut token ids, the way FluxPipeline makes them."""
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids.int()

@@ -1,0 +1,171 @@
+"""Prepare the training pictures: four drawing styles of the same concepts, rendered on white at 256 px.
+
+Everything comes from npm packages (see README.md for their licences). The result is a folder with one
+lossless WebP a picture and `pairs.json`, which also names the style x concept pairs never trained on.
+"""
+
+import argparse
+import io
+import json
+import random
+import subprocess
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
+SIZE = 256
+HELD_OUT_SHARE = 0.08
+PACKAGES = {
+    "noto": "@iconify-json/noto@1.2.9",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "fluent flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "fluent 3d": "@lobehub/fluent-emoji-3d@1.1.0",
+    "labels": "emojibase-data@17.0.0",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture: a concept in a style."""
+
+    concept: int
+    label: str
+    tags: tuple[str, ...]
+    style: int
+    held_out: bool
+    path: Path
+
+    @property
+    def caption(self) -> str:
+        return f"{self.label}, {STYLES[self.style]} style"
+
+
+def fetch(package: str, folder: Path) -> Path:
+    """Download and unpack one npm package; a second call finds it unpacked."""
+    target = folder / package.strip("@").replace("/", "-")
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+        )
+        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+            archive.extractall(target, filter="data")
+    return target / "package"
+
+
+def plain_code(hexcode: str) -> str:
+    """Codepoints without the variation selector, which the packages use differently."""
+    return hexcode.lower().replace("-fe0f", "")
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    picture = picture.convert("RGBA")
+    canvas = Image.new("RGBA", picture.size, "white")
+    return (
+        Image.alpha_composite(canvas, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    )
+
+
+class SvgStyle:
+    """An iconify package: one JSON file of SVG bodies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.names = {plain_code(c): n for c, n in json.loads((folder / "chars.json").read_text()).items()}
+        self.icons = json.loads((folder / "icons.json").read_text())
+
+    def render(self, code: str) -> Image.Image:
+        import resvg_py
+
+        icon = self.icons["icons"][self.names[code]]
+        width = icon.get("width", self.icons.get("width", 16))
+        height = icon.get("height", self.icons.get("height", 16))
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {width} {height}" width="{SIZE}" height="{SIZE}">{icon["body"]}</svg>'
+        )
+        return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))))
+
+
+class WebpStyle:
+    """A package of ready 256 px pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.names = {plain_code(p.stem): p for p in (folder / "assets").glob("*.webp")}
+
+    def render(self, code: str) -> Image.Image:
+        return Image.open(self.names[code])
+
+
+def choose_held_out(concepts: int, seed: int = 0) -> dict[int, int]:
+    """Concept -> the one style of it that is held out, styles in turn so that each loses as many."""
+    count = round(HELD_OUT_SHARE * concepts * len(STYLES))
+    chosen = random.Random(seed).sample(range(concepts), count)
+    return {concept: i % len(STYLES) for i, concept in enumerate(chosen)}
+
+
+def prepare(target: Path, cache: Path, labels: list[str]) -> None:
+    records = json.loads((fetch(PACKAGES["labels"], cache) / "en" / "data.json").read_text())
+    by_label = {r["label"]: r for r in records}
+    sources = [
+        (WebpStyle if style == "fluent 3d" else SvgStyle)(fetch(PACKAGES[style], cache)) for style in STYLES
+    ]
+    held_out = choose_held_out(len(labels))
+    pairs = []
+    for concept, label in enumerate(labels):
+        record = by_label[label]
+        for style, source in enumerate(sources):
+            name = f"{concept:03d}-{style}.webp"
+            target.mkdir(parents=True, exist_ok=True)
+            on_white(source.render(plain_code(record["hexcode"]))).save(
+                target / name, lossless=True, method=6
+            )
+            pairs.append(
+                {
+                    "concept": concept,
+                    "label": label.lower().replace("\u2019", ""),
+                    "tags": [t.lower() for t in record.get("tags", [])],
+                    "style": style,
+                    "held_out": held_out.get(concept) == style,
+                    "file": name,
+                }
+            )
+    (target / "pairs.json").write_text(json.dumps(pairs, indent=0, ensure_ascii=False))
+
+
+def load_pairs(folder: Path) -> list[Pair]:
+    rows = json.loads((folder / "pairs.json").read_text())
+    return [
+        Pair(r["concept"], r["label"], tuple(r["tags"]), r["style"], r["held_out"], folder / r["file"])
+        for r in rows
+    ]
+
+
+def load_pictures(pairs: list[Pair]) -> torch.Tensor:
+    """All pictures as uint8 [N, 3, 256, 256]."""
+
+    def read(pair: Pair) -> np.ndarray:
+        return np.asarray(Image.open(pair.path).convert("RGB"))
+
+    with ThreadPoolExecutor() as pool:
+        return torch.from_numpy(np.stack(list(pool.map(read, pairs)))).permute(0, 3, 1, 2).contiguous()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=Path, default=Path(".data/emoji"))
+    parser.add_argument("--cache", type=Path, default=Path(".data/npm"))
+    parser.add_argument("--concepts", type=Path, default=Path(__file__).with_name("concepts.txt"))
+    args = parser.parse_args()
+    prepare(args.target, args.cache, args.concepts.read_text().split("\n")[:-1])
+    pairs = load_pairs(args.target)
+    print(f"{len(pairs)} pictures, {sum(p.held_out for p in pairs)} held out")
+
+
+if __name__ == "__main__":
+    main()

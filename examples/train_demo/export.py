@@ -1,0 +1,111 @@
+"""Write the trained weights as a stock FluxPipeline folder, the blocks' matrices in fp8.
+
+python export.py --work .data/work --target ../../dit_accel/demo_models/emoji-flux
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from captions import build_tokenizer, build_vocabulary
+from data import load_pairs
+from diffusers import AutoencoderKL, FluxPipeline
+from model import SHAPES, build_scheduler, build_text_encoders, build_transformer
+from optimizer import is_block_matrix
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+SHARDS = 3  # files of the exported training weights, each under 16 MiB
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Averaged training weights as bf16 files of about the same size."""
+    names = list(weights)
+    limit = sum(w.numel() for w in weights.values()) / SHARDS
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(SHARDS)]
+    filled = 0
+    for name in names:
+        parts[min(int(filled / limit), SHARDS - 1)][name] = weights[name].bfloat16().cpu().contiguous()
+        filled += weights[name].numel()
+    for i, part in enumerate(parts):
+        save_file(part, folder / f"weights-{i}.safetensors")
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("weights-*.safetensors")) for k, v in load_file(file).items()}
+
+
+def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
+
+
+def to_fp8(folder: Path) -> None:
+    """Rewrite the transformer's file: the blocks' matrices as float8_e4m3fn, all else as bf16."""
+    weights = load_file(folder / WEIGHTS)
+    small = {
+        k: v.to(torch.float8_e4m3fn if is_block_matrix(k, nn.Parameter(v)) else torch.bfloat16)
+        for k, v in weights.items()
+    }
+    save_file(small, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_in_fp32(folder: Path) -> None:
+    """The text encoders' weights are bf16, but without a torch_dtype they shall load as the rest does."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["dtype"] = "float32"
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def name_stock_tokenizer(folder: Path) -> None:
+    """Name the tokenizers' class as transformers 4 and 5 both know it."""
+    for file in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+
+
+def export(args: argparse.Namespace) -> None:
+    shape = SHAPES[args.shape]
+    weights = load_weights(args.work)
+    vocabulary = build_vocabulary(load_pairs(args.data))
+    transformer = build_transformer(shape)
+    clip, t5 = build_text_encoders(shape, len(vocabulary))
+    transformer.load_state_dict(part(weights, "transformer."))
+    clip.load_state_dict(part(weights, "clip."))
+    t5.load_state_dict(
+        part(weights, "t5."), strict=False
+    )  # its second name for the shared embedding is left out
+    pipe = FluxPipeline(
+        scheduler=build_scheduler(args.shift_128, args.shift_256),
+        vae=AutoencoderKL.from_pretrained(args.work / "vae").to(torch.bfloat16),
+        text_encoder=clip.to(torch.bfloat16),
+        tokenizer=build_tokenizer(vocabulary, clip=True),
+        text_encoder_2=t5.to(torch.bfloat16),
+        tokenizer_2=build_tokenizer(vocabulary, clip=False),
+        transformer=transformer,
+    )
+    pipe.save_pretrained(args.target)
+    to_fp8(args.target / "transformer")
+    name_stock_tokenizer(args.target)
+    load_in_fp32(args.target / "text_encoder")
+    load_in_fp32(args.target / "text_encoder_2")
+    size = sum(f.stat().st_size for f in args.target.rglob("*") if f.is_file())
+    print(f"{args.target}: {size} bytes", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
+    parser.add_argument("--work", type=Path, default=Path(".data/work"))
+    parser.add_argument("--target", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))
+    parser.add_argument("--shift-128", type=float, default=4.0)
+    parser.add_argument("--shift-256", type=float, default=7.0)
+    parser.add_argument("--shape", choices=SHAPES, default="full")
+    export(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Draw the captions of chosen pairs with the shipped folder and stock diffusers.
+
+python sample.py --side 128 --steps 20 --length 512 --target .data/work/pictures-128.npz
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import Pair, load_pairs
+from diffusers import FluxPipeline
+
+
+def choose(pairs: list[Pair], trained_every: int) -> list[int]:
+    """Places of all held-out pairs and of every n-th trained one."""
+    trained = [i for i, p in enumerate(pairs) if not p.held_out]
+    return sorted([i for i, p in enumerate(pairs) if p.held_out] + trained[::trained_every])
+
+
+def draw(pipe: FluxPipeline, captions: list[str], seeds: list[int], args: argparse.Namespace) -> np.ndarray:
+    """uint8 pictures [N, side, side, 3]. The noise is drawn on the CPU, the same for any device."""
+    pictures = []
+    for start in range(0, len(captions), args.batch):
+        part = slice(start, start + args.batch)
+        images = pipe(
+            captions[part],
+            height=args.side,
+            width=args.side,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            max_sequence_length=args.length,
+            generator=[torch.Generator().manual_seed(s) for s in seeds[part]],
+            output_type="np",
+        ).images
+        pictures.append((images * 255).round().astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
+    parser.add_argument("--model", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--trained-every", type=int, default=1, help="draw every n-th trained pair")
+    parser.add_argument("--limit", type=int, help="draw the first few only")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    pairs = load_pairs(args.data)
+    chosen = choose(pairs, args.trained_every)[: args.limit]
+    pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    start = time.time()
+    pictures = draw(pipe, [pairs[i].caption for i in chosen], chosen, args)
+    np.savez(args.target, pictures=pictures, chosen=chosen)
+    setting = f"{args.side} px, {args.steps} steps, guidance {args.guidance}, text {args.length}"
+    print(f"{args.target.name}: {len(chosen)} pictures, {setting}, {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

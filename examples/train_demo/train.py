@@ -1,0 +1,333 @@
+"""Train emoji-flux in stages that are boxed by wall-clock seconds.
+
+    torchrun --nproc-per-node 2 train.py --stages 32,64,128
+    torchrun --nproc-per-node 2 train.py --stages 256,guided
+
+A later call goes on from the full checkpoint in the work folder if it is there, else from the exported
+weights (`--resume`), so that a run may be cut over several machines. It also runs on one GPU or, with
+`--shape tiny`, on a CPU.
+"""
+
+import argparse
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from captions import LENGTH, build_tokenizer, build_vocabulary, encode, variant_shares, variants
+from data import Pair, load_pairs, load_pictures
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from export import load_weights, save_weights
+from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
+from optimizer import Optimizer
+from parallel import Group, join, leave
+from torch import nn
+from transformers import CLIPTextModel, T5EncoderModel
+from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
+
+TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
+GUIDANCE_RANGE = (1.5, 5.0)
+DECAY_SHARE = 0.45
+EMPTY_CAPTION = 1  # its place among a picture's caption variants
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of batch: picture size, rope stride, pictures a GPU, text lengths, share of the steps."""
+
+    pixels: int
+    stride: int
+    batch: int
+    lengths: tuple[int, ...]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    kinds: tuple[Kind, ...]
+    guided: bool = False
+    quantise: bool = False
+
+
+BOTH_SIZES = (Kind(256, 1, 32, (128, 512), share=0.55), Kind(128, 1, 192, (32, 512), share=0.45))
+STAGES = {
+    "32": Stage((Kind(32, 8, 1024, (32,)),)),
+    "64": Stage((Kind(64, 4, 512, (32,)),)),
+    "128": Stage((Kind(128, 2, 192, (32, 512)), Kind(128, 1, 192, (32, 512)))),
+    "256": Stage(BOTH_SIZES),
+    "guided": Stage(BOTH_SIZES, guided=True, quantise=True),
+}
+
+
+class Model(nn.Module):
+    """Transformer and text encoders, trained jointly."""
+
+    def __init__(self, shape: Shape, vocabulary: int) -> None:
+        super().__init__()
+        self.transformer: FluxTransformer2DModel = build_transformer(shape)
+        self.clip: CLIPTextModel
+        self.t5: T5EncoderModel
+        self.clip, self.t5 = build_text_encoders(shape, vocabulary)
+
+    def read(self, clip_tokens: torch.Tensor, t5_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.clip(clip_tokens).pooler_output, self.t5(t5_tokens)[0]
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        guidance: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor],
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        pooled, words = text
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=times,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=words,
+            txt_ids=ids.new_zeros(words.shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+
+
+@dataclass
+class Data:
+    """Everything a batch is drawn from, on the device."""
+
+    latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents of the trained pairs
+    clip_tokens: torch.Tensor  # [pairs, variants, tokens]
+    t5_tokens: torch.Tensor
+    shares: torch.Tensor  # of the caption variants
+
+
+def build_data(
+    pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group
+) -> Data:
+    texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
+    clip = encode(build_tokenizer(vocabulary, clip=True), texts, LENGTH).view(len(pairs), -1, LENGTH)
+    t5 = encode(build_tokenizer(vocabulary, clip=False), texts, LENGTH).view(len(pairs), -1, LENGTH)
+    return Data(latents, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
+
+
+def scaled_latents(
+    vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype
+) -> torch.Tensor:
+    latents = (encode_all(vae, pictures, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
+    return pack(latents).to(dtype)
+
+
+def draw_times(count: int, pixels: int, device: torch.device) -> torch.Tensor:
+    """Logit-normal times, pushed toward noise the more tokens there are."""
+    times = torch.randn(count, device=device).sigmoid()
+    shift = TIME_SHIFT[pixels]
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    return F.pad(tokens, (0, length - tokens.shape[-1]))
+
+
+@torch.no_grad()
+def guidance_shift(
+    model: Model,
+    data: Data,
+    noisy: torch.Tensor,
+    times: torch.Tensor,
+    scale: torch.Tensor,
+    chosen,
+    ids: torch.Tensor,
+) -> torch.Tensor:
+    """What classifier-free guidance at `scale` adds to the velocity, by the model's own predictions."""
+    pairs, kinds = chosen
+    empty = torch.full_like(kinds, EMPTY_CAPTION)
+    both = (pairs.repeat(2), torch.cat([kinds, empty]))
+    text = model.read(data.clip_tokens[both], data.t5_tokens[both])
+    told, untold = model(
+        noisy.repeat(2, 1, 1), times.repeat(2), torch.ones_like(times).repeat(2), text, ids
+    ).chunk(2)
+    return (scale - 1)[:, None, None] * (told.float() - untold.float())
+
+
+def loss_of(
+    model: Model, data: Data, kind: Kind, length: int, guided: bool, ids: torch.Tensor
+) -> torch.Tensor:
+    """Rectified-flow loss of one batch; with `guided` its second half learns to predict guided velocities."""
+    clean = data.latents[kind.pixels]
+    device, batch = clean.device, kind.batch
+    pairs = torch.randint(len(clean), (batch,), device=device)
+    captions = torch.multinomial(data.shares, batch, replacement=True)
+    times = draw_times(batch, kind.pixels, device)
+    x0 = clean[pairs].float()
+    noise = torch.randn_like(x0)
+    noisy = torch.lerp(x0, noise, times[:, None, None]).to(clean.dtype)
+    target = noise - x0
+    guidance = torch.ones(batch, device=device)
+    if guided:
+        half = slice(batch // 2, batch)
+        guidance[half] = torch.empty_like(guidance[half]).uniform_(*GUIDANCE_RANGE)
+        captions[half] = captions[half].where(captions[half] != EMPTY_CAPTION, 0)
+        target[half] += guidance_shift(
+            model, data, noisy[half], times[half], guidance[half], (pairs[half], captions[half]), ids
+        )
+    text = model.read(data.clip_tokens[pairs, captions], pad(data.t5_tokens[pairs, captions], length))
+    return F.mse_loss(model(noisy, times, guidance, text, ids).float(), target)
+
+
+@dataclass
+class Clock:
+    """Learning-rate schedule over the whole training's seconds, which may span several calls."""
+
+    total: float
+    before: float = 0.0
+
+    def rate(self, elapsed: float, step: int) -> float:
+        left = 1 - (self.before + elapsed) / self.total
+        return min(1.0, (step + 1) / 100) * min(1.0, max(left, 0.02) / DECAY_SHARE)
+
+
+def run_stage(
+    name: str, seconds: float, model: Model, data: Data, optimizer: Optimizer, clock: Clock, group: Group
+) -> None:
+    stage = STAGES[name]
+    ids = {k: image_ids(k.pixels, k.stride, group.device) for k in stage.kinds}
+    order = random.Random(name)  # the same on every process, so that all draw the same kind
+    start, elapsed, since, pictures, losses = time.time(), 0.0, time.time(), 0, []
+    optimizer.refresh(stage.quantise)
+    for step in range(10**9):
+        if step % 10 == 0:
+            elapsed = group.from_main(time.time() - start)
+            if elapsed >= seconds:
+                break
+        kind = order.choices(stage.kinds, [k.share for k in stage.kinds])[0]
+        loss = loss_of(model, data, kind, order.choice(kind.lengths), stage.guided, ids[kind])
+        loss.backward()
+        optimizer.step(group, clock.rate(elapsed, optimizer.steps), stage.quantise)
+        pictures += kind.batch * group.world
+        losses.append(loss.detach())
+        if step % 10 == 9 and time.time() - since > 5:
+            report(group, name, step + 1, losses, pictures / (time.time() - since), elapsed, optimizer, clock)
+            since, pictures, losses = time.time(), 0, []
+    clock.before += seconds
+
+
+def report(
+    group: Group,
+    name: str,
+    step: int,
+    losses: list,
+    rate: float,
+    elapsed: float,
+    optimizer: Optimizer,
+    clock: Clock,
+) -> None:
+    if group.main:
+        loss = torch.stack(losses).mean().item()
+        scale = clock.rate(elapsed, optimizer.steps)
+        speed = f"{rate:.0f} pictures/s rate {scale:.2f}"
+        print(
+            f"stage {name} {elapsed:.0f} s step {step} loss {loss:.4f} {speed}",
+            flush=True,
+        )
+
+
+def prepare_vae(
+    args: argparse.Namespace, pictures: torch.Tensor, shape: Shape, group: Group
+) -> AutoencoderKL:
+    """The VAE of an earlier call, or a newly trained one."""
+    for folder in (args.work / "vae", args.resume / "vae"):
+        if folder.exists():
+            return AutoencoderKL.from_pretrained(folder).to(group.device).eval()
+    vae = train_vae(pictures, shape, group, args.vae_seconds, args.vae_batch)
+    set_scaling(vae, pictures)
+    if group.main:
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(args.work / "vae")
+        psnr = {side: round(reconstruction_psnr(vae, pictures[::8], side), 2) for side in (64, 128, 256)}
+        print(
+            f"vae PSNR {psnr}, shift {vae.config.shift_factor:.4f}, scale {vae.config.scaling_factor:.4f}",
+            flush=True,
+        )
+    return vae
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
+    parser.add_argument(
+        "--work", type=Path, default=Path(".data/work"), help="checkpoint, VAE, exported weights"
+    )
+    parser.add_argument(
+        "--resume", type=Path, default=Path(".data/resume"), help="exported weights of another run"
+    )
+    parser.add_argument("--stages", default="32,64,128,256,guided")
+    parser.add_argument("--seconds", default="55,80,235,150,270", help="of each stage")
+    parser.add_argument("--total", type=float, default=790, help="seconds of all stages of all calls")
+    parser.add_argument("--before", type=float, default=0, help="seconds trained in earlier calls")
+    parser.add_argument("--vae-seconds", type=float, default=50)
+    parser.add_argument("--vae-batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, help="override every batch size")
+    parser.add_argument("--shape", choices=SHAPES, default="full")
+    parser.add_argument("--pictures", type=int, help="train on the first few pairs only")
+    return parser.parse_args()
+
+
+def set_up(args: argparse.Namespace, group: Group) -> None:
+    torch.manual_seed(1000 + group.rank + int(args.before))
+    torch.set_float32_matmul_precision("high")
+    # The backward passes of the other two fused attention kernels failed in training.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch._dynamo.config.recompile_limit = 64
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.batch:
+        for name, stage in STAGES.items():
+            kinds = tuple(Kind(k.pixels, k.stride, args.batch, k.lengths, k.share) for k in stage.kinds)
+            STAGES[name] = Stage(kinds, stage.guided, stage.quantise)
+
+
+def main() -> None:
+    args, group = parse(), join()
+    set_up(args, group)
+    begin = time.time()
+    shape, dtype = SHAPES[args.shape], torch.bfloat16 if group.device.type == "cuda" else torch.float32
+    pairs = load_pairs(args.data)
+    vocabulary = build_vocabulary(pairs)
+    trained = [p for p in pairs if not p.held_out][: args.pictures]
+    pictures = load_pictures(trained).to(group.device)
+    vae = prepare_vae(args, pictures, shape, group)
+    names = args.stages.split(",")
+    sizes = sorted({kind.pixels for name in names for kind in STAGES[name].kinds})
+    data = build_data(trained, vocabulary, {s: scaled_latents(vae, pictures, s, dtype) for s in sizes}, group)
+
+    model = Model(shape, len(vocabulary)).to(group.device)
+    group.copy_main_([p.data for p in model.parameters()])
+    optimizer = Optimizer(model, dtype)
+    checkpoint = args.work / "checkpoint.pt"
+    if checkpoint.exists():
+        optimizer.load_state(torch.load(checkpoint, map_location=group.device))
+    elif args.resume.exists():
+        optimizer.load_averaged(load_weights(args.resume))
+    if group.device.type == "cuda":
+        model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    if group.main:
+        print(
+            f"ready after {time.time() - begin:.0f} s: {len(trained)} pictures, {optimizer.steps} steps done",
+            flush=True,
+        )
+    clock = Clock(args.total, args.before)
+    for name, seconds in zip(names, map(float, args.seconds.split(",")), strict=False):
+        run_stage(name, seconds, model, data, optimizer, clock, group)
+        if group.main:
+            torch.save(optimizer.state(), checkpoint)
+            save_weights(optimizer.averaged(), args.work)
+    leave(group)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The door of the operation: checks and choice of the back end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+MOST_BRANCHES = 4  # of the Triton kernel
+
+
+def merge_attention(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets, from the results over each of them.
+
+    Args:
+        outs: [B, S, H, D] each, one floating dtype: softmax-weighted values over one key set.
+        lses: [B, H, S] each, float32: natural logarithm of that key set's sum of exp(logits).
+        backend: None takes Triton for up to four branches on CUDA and the reference elsewhere.
+
+    Returns:
+        out [B, S, H, D] in the outs' dtype and lse [B, H, S]. A branch whose lse is -inf has no say, whatever
+        its out holds; where all are -inf, out is 0 and lse -inf.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit; NotImplementedError: the named back end
+        cannot run this, or a gradient is needed.
+
+    out = sum_i exp(lse_i - lse) out_i with lse = ln sum_i exp(lse_i) (FlashAttention, Dao et al. 2022,
+    arXiv 2205.14135).
+    """
+    _check(outs, lses)
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    wanted = backend or ("triton" if outs[0].is_cuda else "reference")
+    reasons = unsupported_reasons(wanted, outs)
+    if backend is not None and reasons:
+        raise NotImplementedError(f"backend {backend!r} cannot merge: {'; '.join(reasons)}")
+    use_triton = wanted == "triton" and not reasons
+    if use_triton and outs[0].numel():
+        from .triton import merge
+    else:
+        from .reference import merge
+    return merge(outs, lses)
+
+
+def unsupported_reasons(backend: Backend, outs: Sequence[Tensor]) -> list[str]:
+    """Why a back end cannot merge these; an empty list when it can."""
+    if backend == "reference":
+        return []
+    try:
+        from .triton import runs_on
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    reasons = runs_on(outs[0].device)
+    if not 1 <= len(outs) <= MOST_BRANCHES:
+        reasons.append(f"{len(outs)} branches are more than {MOST_BRANCHES}")
+    if outs[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {outs[0].dtype} is not fp16, bf16 or fp32")
+    return reasons
+
+
+def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(f"{len(outs)} outs and {len(lses)} lses; expected as many of each, at least one")
+    shape, dtype, device = outs[0].shape, outs[0].dtype, outs[0].device
+    if len(shape) != 4:
+        raise ValueError(f"outs[0] is {list(shape)}; expected [B, S, H, D]")
+    batch, length, heads, _ = shape
+    for at, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != shape or tuple(lse.shape) != (batch, heads, length):
+            raise ValueError(
+                f"outs[{at}] is {list(out.shape)}, lses[{at}] {list(lse.shape)}; "
+                f"expected {list(shape)} and {[batch, heads, length]}"
+            )
+        if out.dtype != dtype or not dtype.is_floating_point or lse.dtype != torch.float32:
+            raise TypeError(f"outs[{at}] is {out.dtype}, lses[{at}] {lse.dtype}; expected {dtype} and torch.float32")
+        if out.device != device or lse.device != device:
+            raise ValueError(f"outs[{at}] lies on {out.device}, lses[{at}] on {lse.device}; expected {device}")
+        if torch.is_grad_enabled() and (out.requires_grad or lse.requires_grad):
+            raise NotImplementedError(
+                f"outs[{at}] {list(shape)}: a gradient is asked for, but this operation has no backward "
+                "pass; call it under torch.no_grad() or detach its inputs"
+            )

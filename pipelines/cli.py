@@ -1,0 +1,165 @@
+"""The command line `dit-accel`; the modules beside it do the work, imported when a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .screen import FAILED, OneLineErrors, screen
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Sparse attention for diffusers' diffusion transformers.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (or set DIT_ACCEL_DEBUG=1).")]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Sparse attention for diffusers' diffusion transformers."""
+    if version:
+        from dit_accel import __version__
+
+        print(f"dit-accel {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw, such as 'taco, noto style'.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png, .jpg or .webp.")],
+    model: Annotated[str, typer.Option(help="Shipped model, folder, or Hub id.")] = "emoji-flux",
+    recipe: Annotated[str, typer.Option(help="Recipe or preset by name, or a YAML/JSON file.")] = "balanced",
+    density: Annotated[float | None, typer.Option(help="Share of token pairs to compute, above 0, up to 1.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe; repeatable."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
+    true_cfg: Annotated[
+        float | None, typer.Option(help="The pipeline's true_cfg_scale; 2 with a negative prompt on Flux.")
+    ] = None,
+    text_length: Annotated[int | None, typer.Option(help="The pipeline's max_sequence_length.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on CUDA, fp32 on a CPU.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Also run stock; write both side by side.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a picture, accelerated, and say what was done."""
+    from .generate import Settings
+    from .job import Job
+
+    overrides = parse_overrides(density, set_ or [])
+    settings = Settings(steps, seed, height, width, negative_prompt, guidance, true_cfg, text_length)
+    job = Job(prompt, output, model, recipe, overrides, settings, dtype, device, compare, force)
+    result = job.run()
+    if as_json:
+        print_json(result.to_dict())
+    screen(stderr=as_json).print(result.made.report)
+    print(result, file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def recipes(as_json: Json = False, debug: Debug = False) -> None:
+    """List the recipes and presets."""
+    from .listing import recipe_rows, recipe_table
+
+    if as_json:
+        print_json({"recipes": recipe_rows()})
+    else:
+        screen().print(recipe_table())
+
+
+@app.command()
+def models(as_json: Json = False, debug: Debug = False) -> None:
+    """List the models that ship with the package."""
+    from .listing import model_rows, model_table
+
+    if as_json:
+        print_json({"models": model_rows()})
+    else:
+        screen().print(model_table())
+        print("Any folder or Hub id of a diffusers pipeline with a transformer works as --model, too.")
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine can run, and what to do about the rest."""
+    from dataclasses import asdict
+
+    from .doctor import examine
+    from .listing import check_table
+
+    checks = examine()
+    failed = any(check.status == "fail" for check in checks)
+    if as_json:
+        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        screen().print(check_table(checks))
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def show(file: Annotated[Path, typer.Argument(help="A picture that generate wrote.")], debug: Debug = False) -> None:
+    """Print the settings written into a picture."""
+    from .provenance import read
+
+    text = json.dumps(read(file), indent=2, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
+
+
+def parse_overrides(density: float | None, pairs: list[str]) -> dict[str, Any]:
+    """Turn `--density` and `--set key=value`, whose values are read as YAML, into recipe overrides."""
+    import yaml
+
+    from dit_accel.errors import ConfigError
+
+    overrides: dict[str, Any] = {} if density is None else {"density": density}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}.")
+        if key in overrides:
+            raise ConfigError(f"--set: {key} is given twice.")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set: the value of {key} is no valid YAML: {value!r}.") from None
+    return overrides
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print one JSON object on one line."""
+    print(json.dumps(data, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings at import are not ours
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""One picture through a pipeline: its settings are kept, its state put back, and NaN never becomes a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import FluxPipeline
+
+from dit_accel.errors import ConfigError, NonFiniteError, UnsupportedError
+from dit_accel.pipelines.generate import Settings, call_arguments, generate, generate_stock, size_unit
+
+SMALL = Settings(steps=2, height=64, width=64, text_length=16, seed=5)
+
+
+def processors(pipe: FluxPipeline) -> dict[str, type]:
+    return {name: type(processor) for name, processor in pipe.transformer.attn_processors.items()}
+
+
+def hooks(pipe: FluxPipeline) -> int:
+    return len(pipe.transformer._forward_hooks) + len(pipe.transformer._forward_pre_hooks)
+
+
+def test_stock_run_is_what_the_pipeline_draws(pipe: FluxPipeline) -> None:
+    made = generate_stock(pipe, "a cat", settings=SMALL)
+    noise = torch.Generator().manual_seed(5)
+    stock = pipe("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=16, generator=noise).images[0]
+    assert made.image.tobytes() == stock.tobytes()
+    assert made.seconds > 0
+
+
+def test_warm_up_changes_nothing_but_the_time(pipe: FluxPipeline) -> None:
+    cold = generate(pipe, "a cat", recipe="draft", overrides={"density": 0.5}, settings=SMALL)
+    warm = generate(pipe, "a cat", recipe="draft", overrides={"density": 0.5}, settings=SMALL, warm_up=True)
+    assert warm.image.tobytes() == cold.image.tobytes()
+    assert warm.report == cold.report
+
+
+def test_accelerated_run_differs_and_the_pipeline_is_stock_again(pipe: FluxPipeline) -> None:
+    before = processors(pipe), hooks(pipe)
+    stock = generate_stock(pipe, "a cat", settings=SMALL)
+    made = generate(pipe, "a cat", recipe="draft", overrides={"density": 0.5}, settings=SMALL)
+    assert made.report.sparse_calls > 0
+    assert made.image.tobytes() != stock.image.tobytes()
+    assert (processors(pipe), hooks(pipe)) == before
+    assert generate_stock(pipe, "a cat", settings=SMALL).image.tobytes() == stock.image.tobytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_pipeline_is_stock_again_after_a_run_that_broke_off(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    before = processors(pipe), hooks(pipe)
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        patch.setattr(pipe.scheduler, "step", fail)
+        with pytest.raises(error):
+            generate(pipe, "a cat", recipe="draft", overrides={"density": 0.5}, settings=SMALL)
+    assert (processors(pipe), hooks(pipe)) == before
+
+
+def test_settings_hold_the_defaults_of_the_pipeline(pipe: FluxPipeline) -> None:
+    made = generate_stock(pipe, "a cat", settings=Settings(steps=1, height=32, width=48))
+    assert made.settings == {
+        "prompt": "a cat",
+        "seed": 0,
+        "height": 32,
+        "width": 48,
+        "negative_prompt": None,
+        "steps": 1,
+        "guidance": 3.5,
+        "true_cfg": 1.0,
+        "text_length": 512,
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_of_a_stock_run_that_are_not_finite(pipe: FluxPipeline, value: float) -> None:
+    torch.nn.init.constant_(pipe.transformer.proj_out.bias, value)
+    with pytest.raises(NonFiniteError, match="latents after step 1"):
+        generate_stock(pipe, "a cat", settings=SMALL)
+
+
+def test_setting_that_the_pipeline_lacks(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        vae_scale_factor = 2
+        transformer = pipe.transformer
+
+        def __call__(self, prompt: str, num_inference_steps: int = 4, height: int = 8, width: int = 8) -> None: ...
+
+    assert call_arguments(Plain(), "a cat", Settings(steps=3))["num_inference_steps"] == 3
+    with pytest.raises(ConfigError, match="negative_prompt: Plain takes no such setting"):
+        call_arguments(Plain(), "a cat", Settings(negative_prompt="dog"))
+
+
+def test_negative_prompt_leaves_a_pipeline_alone_that_heeds_it_anyway() -> None:
+    pipe, _ = tiny.sd3()
+    asked = call_arguments(pipe, "a cat", Settings(negative_prompt="a dog"))
+    assert asked["negative_prompt"] == "a dog"
+    assert "true_cfg_scale" not in asked
+
+
+def test_guidance_asked_for_wins_over_the_one_for_negative_prompts(pipe: FluxPipeline) -> None:
+    assert call_arguments(pipe, "a", Settings(negative_prompt="b"))["true_cfg_scale"] == 2.0
+    assert call_arguments(pipe, "a", Settings(negative_prompt="b", true_cfg=4.0))["true_cfg_scale"] == 4.0
+    assert "true_cfg_scale" not in call_arguments(pipe, "a", Settings())
+
+
+def test_video_pipelines_are_refused() -> None:
+    pipe, _ = tiny.wan()
+    with pytest.raises(UnsupportedError, match="WanPipeline does not make pictures from a prompt alone"):
+        generate_stock(pipe, "a cat")
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_size_unit_is_exactly_what_the_pipeline_draws(family: str) -> None:
+    """One unit more is one unit more of picture, with packed latents and with patches."""
+    pipe, _ = tiny.FAMILIES[family]()
+    pipe.set_progress_bar_config(disable=True)
+    unit = size_unit(pipe)
+    size = 16 * unit
+    made = generate_stock(pipe, "a cat", settings=Settings(steps=1, height=size + unit, width=size))
+    assert (made.image.height, made.image.width) == (size + unit, size)
+    if unit > 1:
+        with pytest.raises(ConfigError, match=f"height: .* needs a multiple of {unit}"):
+            generate_stock(pipe, "a cat", settings=Settings(steps=1, height=size + 1, width=size))
