@@ -30,7 +30,7 @@ def decide(recipe: Recipe, tiling: Tiling, q: torch.Tensor, k: torch.Tensor, sca
     `q`, `k` [B, S, H, D]. Text rows and columns are always computed; the recipe chooses among grid pairs.
     """
     device = q.device
-    grid = torch.from_numpy(tiling.grid.nonzero()[0]).to(device)
+    grid = tiling.on(device).grid_units
     if recipe.score.kind == "geometry":
         score = scores.geometry(tiling, recipe.score, device)
     else:

@@ -206,9 +206,8 @@ def from_units(mask: torch.Tensor, tiling: Tiling) -> Plan:
     Blocks that hold no token are left out; blocks without holes are marked full. Nothing is read back from the
     device.
     """
-    device = mask.device
-    tokens_q = torch.from_numpy(tiling.tokens_per_block(tiling.block_q)).to(device)
-    tokens_k = torch.from_numpy(tiling.tokens_per_block(tiling.block_k)).to(device)
+    uploaded = tiling.on(mask.device)
+    tokens_q, tokens_k = uploaded.tokens_q, uploaded.tokens_k
     per_q, per_k = tiling.unit // tiling.block_q, tiling.unit // tiling.block_k
     blocks = mask.repeat_interleave(per_q, -2).repeat_interleave(per_k, -1)
     blocks = blocks & (tokens_q > 0)[:, None] & (tokens_k > 0)[None]
@@ -220,13 +219,15 @@ def from_units(mask: torch.Tensor, tiling: Tiling) -> Plan:
     rank = blocks.to(torch.uint8) + full.to(torch.uint8)  # full blocks first, then ragged ones, then the rest
     index = rank.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
     pairs = (blocks * (tokens_q[:, None] * tokens_k[None])).sum((-1, -2))
-    order = None if tiling.identity else tiling.on(device).slots[None, None]
+    order = None if tiling.identity else uploaded.slots[None, None]
+    count = blocks.sum(-1, dtype=torch.int32)
     branch = Branch(
         block_q=tiling.block_q,
         block_k=tiling.block_k,
         index=index,
-        count=blocks.sum(-1, dtype=torch.int32),
-        full_count=full.sum(-1, dtype=torch.int32),
+        count=count,
+        # the same tensor tells the kernel that nothing is partial, so that it compiles without the masked loop
+        full_count=count if order is None or tiling.whole else full.sum(-1, dtype=torch.int32),
         q_order=order,
         k_order=order,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,17 @@ class Tiling:
     def units(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def identity(self) -> bool:
         """Whether slots are the tokens as they lie, so that no order has to be applied."""
         real = self.slots[: self.layout.length]
         return bool((real == np.arange(len(real))).all() and (self.slots[len(real) :] == -1).all())
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every key block that holds a token holds no hole."""
+        tokens = self.tokens_per_block(self.block_k)
+        return bool(((tokens == 0) | (tokens == self.block_k)).all())
 
     def tokens_per_block(self, block: int) -> npt.NDArray[np.int64]:
         """Real tokens in each kernel block of `block` slots."""
@@ -61,7 +67,10 @@ class DeviceTiling:
     slots: torch.Tensor  # int32 [units * unit]
     tokens: torch.Tensor  # float32 [units]
     grid: torch.Tensor  # bool [units]
+    grid_units: torch.Tensor  # int64, the units on a grid
     position: torch.Tensor  # float32 [units, 3]
+    tokens_q: torch.Tensor  # int64 [query blocks], real tokens in each
+    tokens_k: torch.Tensor  # int64 [key blocks]
 
 
 @lru_cache(maxsize=64)
@@ -70,7 +79,10 @@ def _upload(tiling: Tiling, device: torch.device) -> DeviceTiling:
         slots=torch.from_numpy(tiling.slots).to(device),
         tokens=torch.from_numpy(tiling.tokens).to(device, torch.float32),
         grid=torch.from_numpy(tiling.grid).to(device),
+        grid_units=torch.from_numpy(tiling.grid.nonzero()[0]).to(device),
         position=torch.from_numpy(tiling.position).to(device, torch.float32),
+        tokens_q=torch.from_numpy(tiling.tokens_per_block(tiling.block_q)).to(device),
+        tokens_k=torch.from_numpy(tiling.tokens_per_block(tiling.block_k)).to(device),
     )
 
 

@@ -55,7 +55,7 @@ def choose(capability: tuple[int, int], padded_dim: int, itemsize: int, block_q:
     """The tile for one launch; `kind` names what costs most in it."""
     q, k = power_of_two_part(block_q), power_of_two_part(block_k)
     if itemsize == 4:  # products without tensor cores: more than 2048 steps a thread compile for minutes
-        return Tile(min(q, 64 if padded_dim <= 64 else 32), min(k, 64 if padded_dim <= 128 else 32), 4, 2)
+        return Tile(min(q, 64 if padded_dim <= 64 else 32), min(k, 64 if padded_dim <= 128 else 16), 4, 2)
     if capability not in ((8, 0), (9, 0), (10, 0)):  # 99 KB of shared memory
         return Tile(min(q, 64), min(k, 64 if padded_dim <= 128 else 32), 4, 2)
     if capability >= (9, 0):

@@ -38,7 +38,8 @@ CASES = {
     "orders-holes": {"orders": True, "holes": 40, "q_len": 100, "full": True, "list_heads": 2},
     "orders-holes-bias": {"orders": True, "holes": 70, "q_len": 90, "bias": "inf", "full": True},
     "orders-full-behind-holes": {
-        "orders": True, "holes": 90, "q_len": 120, "block_k": 16, "bias": "finite", "full": True, "density": 1.1, "heads": 1,
+        "orders": True, "holes": 90, "q_len": 120, "block_k": 16, "bias": "finite", "full": True,
+        "density": 1.1, "heads": 1,
     },
     "orders-per-sample": {"orders": True, "holes": 9, "batch": 2, "list_batch": 2, "dtype": HALF},
     "box": {"predicate": "box", "dtype": BF16, "full": True, "q_len": 129},
