@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,13 +9,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for attention_gold
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    os.environ["TRITON_INTERPRET"] = "1"
-    # The variable acts when a kernel is defined, Triton's own included: if diffusers has imported Triton by
-    # now, the next import must run again. Its compiled part cannot be loaded twice and need not be.
-    for name in [n for n in sys.modules if n.split(".")[0] == "triton" and not n.startswith("triton._C")]:
-        del sys.modules[name]
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

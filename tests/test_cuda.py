@@ -1,0 +1,87 @@
+"""The engine on a CUDA device: our kernel inside whole pipelines, GPU times in the report, nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import test_hosts
+import tiny
+import torch
+
+import dit_accel
+from dit_accel.errors import NonFiniteError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_on_every_pair_is_stock_within_rounding(name: str, dtype: torch.dtype) -> None:
+    pipe, call = tiny.FAMILIES[name]()
+    pipe.to("cuda", dtype)
+    call = {
+        k: v.to("cuda", dtype) if k.endswith("embeds") and isinstance(v, torch.Tensor) else v for k, v in call.items()
+    }
+    call = {
+        k: [w.to("cuda", dtype) for w in v] if k.endswith("embeds") and isinstance(v, list) else v
+        for k, v in call.items()
+    }
+    stock = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, test_hosts.FULL) as handle:
+        ours = tiny.generate(pipe, call)
+    report = handle.report()
+    assert report.sparse_calls == report.calls
+    limit = 1e-3 if dtype == torch.float32 else 5e-2
+    assert float((ours.float() - stock.float()).norm() / stock.float().norm()) < limit
+    assert torch.equal(tiny.generate(pipe, call), stock)
+
+
+def test_report_names_the_kernel_and_times_attention() -> None:
+    pipe, call = tiny.flux()
+    pipe.to("cuda", torch.bfloat16)
+    with dit_accel.accelerate(pipe, test_hosts.SPARSE, dense_steps=0.5) as handle:
+        tiny.generate(pipe, call, steps=4)
+        report = handle.report()
+    assert {row.kernel for row in report.rows} == {"stock", "triton"}
+    assert all(row.ms is not None and row.ms > 0 for row in report.rows)
+    assert report.attention_share is not None
+    assert 0 < report.attention_share < 1
+
+
+def test_head_dims_the_kernel_does_not_take_fall_back_with_the_reason() -> None:
+    pipe, call = tiny.wan()  # head dim 12
+    pipe.to("cuda", torch.bfloat16)
+    with dit_accel.accelerate(pipe, test_hosts.SPARSE) as handle:
+        tiny.generate(pipe, call)
+    assert any("the fast kernel was not used: head dim 12" in note for note in handle.report().notes)
+
+
+def test_non_finite_latents_raise_one_step_later() -> None:
+    pipe, call = tiny.flux()
+    pipe.to("cuda")
+    with dit_accel.accelerate(pipe, test_hosts.SPARSE), pytest.raises(NonFiniteError, match="handed in"):
+        tiny.generate(pipe, call, steps=3, latents=torch.full((1, 221, 4), float("nan")))
+
+
+def test_plans_follow_the_device() -> None:
+    pipe, call = tiny.flux()
+    with dit_accel.accelerate(pipe, test_hosts.SPARSE) as handle:
+        tiny.generate(pipe, call)
+        pipe.to("cuda")
+        tiny.generate(pipe, call)
+        assert handle.report().sparse_calls > 0
+        pipe.to("cpu")
+        tiny.generate(pipe, call)
+
+
+def test_decisions_do_not_wait_for_the_device() -> None:
+    """Planning and running a sparse call must not read anything back from the GPU."""
+    layout = dit_accel.TokenLayout(grid=(1, 64, 64), text=64)
+    q, k, v = (torch.randn(1, layout.length, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for recipe in ("draft", "balanced", "grat"):
+        dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3)  # compile, upload
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
