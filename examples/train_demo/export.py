@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from captions import build_tokenizer, build_vocabulary
 from data import load_pairs
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from model import SHAPES, build_scheduler, build_text_encoders, build_transformer
 from optimizer import is_block_matrix
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 SHARDS = 3  # files of the exported training weights, each under 16 MiB
+GUIDANCE = 1.0  # the only guidance input trained with
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -35,6 +36,13 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("weights-*.safetensors")) for k, v in load_file(file).items()}
+
+
+def load_pipeline_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Training weights back out of an exported pipeline."""
+    pipe = FluxPipeline.from_pretrained(folder)
+    parts = {"transformer.": pipe.transformer, "clip.": pipe.text_encoder, "t5.": pipe.text_encoder_2}
+    return {prefix + k: v for prefix, module in parts.items() for k, v in module.state_dict().items()}
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -65,6 +73,15 @@ def name_stock_tokenizer(folder: Path) -> None:
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
+@torch.no_grad()
+def fold_guidance(transformer: FluxTransformer2DModel) -> None:
+    """Make the guidance input a constant: the pipeline passes 3.5, the model knows one value only."""
+    embedding = transformer.time_text_embed
+    first = embedding.guidance_embedder.linear_1
+    first.bias.copy_(first(embedding.time_proj(torch.tensor([1000 * GUIDANCE])))[0])
+    first.weight.zero_()
+
+
 def export(args: argparse.Namespace) -> None:
     shape = SHAPES[args.shape]
     weights = load_weights(args.work)
@@ -72,6 +89,7 @@ def export(args: argparse.Namespace) -> None:
     transformer = build_transformer(shape)
     clip, t5 = build_text_encoders(shape, len(vocabulary))
     transformer.load_state_dict(part(weights, "transformer."))
+    fold_guidance(transformer)
     clip.load_state_dict(part(weights, "clip."))
     t5.load_state_dict(
         part(weights, "t5."), strict=False

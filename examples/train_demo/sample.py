@@ -13,10 +13,11 @@ from data import Pair, load_pairs
 from diffusers import FluxPipeline
 
 
-def choose(pairs: list[Pair], trained_every: int) -> list[int]:
-    """Places of all held-out pairs and of every n-th trained one."""
+def choose(pairs: list[Pair], trained_every: int, held_out_every: int) -> list[int]:
+    """Places of every n-th trained and every m-th held-out pair."""
     trained = [i for i, p in enumerate(pairs) if not p.held_out]
-    return sorted([i for i, p in enumerate(pairs) if p.held_out] + trained[::trained_every])
+    held_out = [i for i, p in enumerate(pairs) if p.held_out]
+    return sorted(trained[::trained_every] + held_out[::held_out_every])
 
 
 def draw(pipe: FluxPipeline, captions: list[str], seeds: list[int], args: argparse.Namespace) -> np.ndarray:
@@ -50,12 +51,13 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--trained-every", type=int, default=1, help="draw every n-th trained pair")
+    parser.add_argument("--held-out-every", type=int, default=1, help="draw every n-th held-out pair")
     parser.add_argument("--limit", type=int, help="draw the first few only")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     pairs = load_pairs(args.data)
-    chosen = choose(pairs, args.trained_every)[: args.limit]
+    chosen = choose(pairs, args.trained_every, args.held_out_every)[: args.limit]
     pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     start = time.time()

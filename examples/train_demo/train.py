@@ -1,10 +1,10 @@
 """Train emoji-flux in stages that are boxed by wall-clock seconds.
 
     torchrun --nproc-per-node 2 train.py --stages 32,64,128
-    torchrun --nproc-per-node 2 train.py --stages 256,guided
+    torchrun --nproc-per-node 2 train.py --stages 256,final
 
-A later call goes on from the full checkpoint in the work folder if it is there, else from the exported
-weights (`--resume`), so that a run may be cut over several machines. It also runs on one GPU or, with
+A later call goes on from the full checkpoint in the work folder if it is there, else from an exported
+pipeline (`--resume`), so that a run may be cut over several machines. It also runs on one GPU or, with
 `--shape tiny`, on a CPU.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from captions import LENGTH, build_tokenizer, build_vocabulary, encode, variant_shares, variants
 from data import Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from export import load_weights, save_weights
+from export import GUIDANCE, load_pipeline_weights, save_weights
 from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
 from optimizer import Optimizer
 from parallel import Group, join, leave
@@ -28,9 +28,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
-GUIDANCE_RANGE = (1.5, 5.0)
 DECAY_SHARE = 0.45
-EMPTY_CAPTION = 1  # its place among a picture's caption variants
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Kind:
 @dataclass(frozen=True)
 class Stage:
     kinds: tuple[Kind, ...]
-    guided: bool = False
     quantise: bool = False
 
 
@@ -57,7 +54,7 @@ STAGES = {
     "64": Stage((Kind(64, 4, 512, (32,)),)),
     "128": Stage((Kind(128, 2, 192, (32, 512)), Kind(128, 1, 192, (32, 512)))),
     "256": Stage(BOTH_SIZES),
-    "guided": Stage(BOTH_SIZES, guided=True, quantise=True),
+    "final": Stage(BOTH_SIZES, quantise=True),
 }
 
 
@@ -132,31 +129,8 @@ def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(tokens, (0, length - tokens.shape[-1]))
 
 
-@torch.no_grad()
-def guidance_shift(
-    model: Model,
-    data: Data,
-    noisy: torch.Tensor,
-    times: torch.Tensor,
-    scale: torch.Tensor,
-    chosen,
-    ids: torch.Tensor,
-) -> torch.Tensor:
-    """What classifier-free guidance at `scale` adds to the velocity, by the model's own predictions."""
-    pairs, kinds = chosen
-    empty = torch.full_like(kinds, EMPTY_CAPTION)
-    both = (pairs.repeat(2), torch.cat([kinds, empty]))
-    text = model.read(data.clip_tokens[both], data.t5_tokens[both])
-    told, untold = model(
-        noisy.repeat(2, 1, 1), times.repeat(2), torch.ones_like(times).repeat(2), text, ids
-    ).chunk(2)
-    return (scale - 1)[:, None, None] * (told.float() - untold.float())
-
-
-def loss_of(
-    model: Model, data: Data, kind: Kind, length: int, guided: bool, ids: torch.Tensor
-) -> torch.Tensor:
-    """Rectified-flow loss of one batch; with `guided` its second half learns to predict guided velocities."""
+def loss_of(model: Model, data: Data, kind: Kind, length: int, ids: torch.Tensor) -> torch.Tensor:
+    """Rectified-flow loss of one batch."""
     clean = data.latents[kind.pixels]
     device, batch = clean.device, kind.batch
     pairs = torch.randint(len(clean), (batch,), device=device)
@@ -165,17 +139,9 @@ def loss_of(
     x0 = clean[pairs].float()
     noise = torch.randn_like(x0)
     noisy = torch.lerp(x0, noise, times[:, None, None]).to(clean.dtype)
-    target = noise - x0
-    guidance = torch.ones(batch, device=device)
-    if guided:
-        half = slice(batch // 2, batch)
-        guidance[half] = torch.empty_like(guidance[half]).uniform_(*GUIDANCE_RANGE)
-        captions[half] = captions[half].where(captions[half] != EMPTY_CAPTION, 0)
-        target[half] += guidance_shift(
-            model, data, noisy[half], times[half], guidance[half], (pairs[half], captions[half]), ids
-        )
     text = model.read(data.clip_tokens[pairs, captions], pad(data.t5_tokens[pairs, captions], length))
-    return F.mse_loss(model(noisy, times, guidance, text, ids).float(), target)
+    velocity = model(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
+    return F.mse_loss(velocity.float(), noise - x0)
 
 
 @dataclass
@@ -204,7 +170,7 @@ def run_stage(
             if elapsed >= seconds:
                 break
         kind = order.choices(stage.kinds, [k.share for k in stage.kinds])[0]
-        loss = loss_of(model, data, kind, order.choice(kind.lengths), stage.guided, ids[kind])
+        loss = loss_of(model, data, kind, order.choice(kind.lengths), ids[kind])
         loss.backward()
         optimizer.step(group, clock.rate(elapsed, optimizer.steps), stage.quantise)
         pictures += kind.batch * group.world
@@ -239,9 +205,12 @@ def prepare_vae(
     args: argparse.Namespace, pictures: torch.Tensor, shape: Shape, group: Group
 ) -> AutoencoderKL:
     """The VAE of an earlier call, or a newly trained one."""
-    for folder in (args.work / "vae", args.resume / "vae"):
-        if folder.exists():
-            return AutoencoderKL.from_pretrained(folder).to(group.device).eval()
+    for folder in (args.work, args.resume):
+        if folder and (folder / "vae").exists():
+            vae = AutoencoderKL.from_pretrained(folder / "vae")
+            if group.main:
+                vae.save_pretrained(args.work / "vae")
+            return vae.to(group.device).eval()
     vae = train_vae(pictures, shape, group, args.vae_seconds, args.vae_batch)
     set_scaling(vae, pictures)
     if group.main:
@@ -262,10 +231,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path(".data/work"), help="checkpoint, VAE, exported weights"
     )
-    parser.add_argument(
-        "--resume", type=Path, default=Path(".data/resume"), help="exported weights of another run"
-    )
-    parser.add_argument("--stages", default="32,64,128,256,guided")
+    parser.add_argument("--resume", type=Path, help="pipeline folder of an earlier call")
+    parser.add_argument("--stages", default="32,64,128,256,final")
     parser.add_argument("--seconds", default="55,80,235,150,270", help="of each stage")
     parser.add_argument("--total", type=float, default=790, help="seconds of all stages of all calls")
     parser.add_argument("--before", type=float, default=0, help="seconds trained in earlier calls")
@@ -288,7 +255,7 @@ def set_up(args: argparse.Namespace, group: Group) -> None:
     if args.batch:
         for name, stage in STAGES.items():
             kinds = tuple(Kind(k.pixels, k.stride, args.batch, k.lengths, k.share) for k in stage.kinds)
-            STAGES[name] = Stage(kinds, stage.guided, stage.quantise)
+            STAGES[name] = Stage(kinds, stage.quantise)
 
 
 def main() -> None:
@@ -311,8 +278,8 @@ def main() -> None:
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
         optimizer.load_state(torch.load(checkpoint, map_location=group.device))
-    elif args.resume.exists():
-        optimizer.load_averaged(load_weights(args.resume))
+    elif args.resume:
+        optimizer.load_averaged(load_pipeline_weights(args.resume))
     if group.device.type == "cuda":
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     if group.main:
