@@ -9,7 +9,7 @@ pipe = FluxPipeline.from_pretrained(dit_accel.demo_model("emoji-flux"))
 generator = torch.Generator().manual_seed(0)
 
 with dit_accel.accelerate(pipe, "draft", density=0.5) as handle:
-    picture = pipe("taco, noto style", num_inference_steps=20, generator=generator).images[0]
+    picture = pipe("watermelon, fluent flat style", num_inference_steps=20, generator=generator).images[0]
     print(handle.report())
 
-picture.save("taco.png")
+picture.save("watermelon.png")

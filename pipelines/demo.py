@@ -22,10 +22,10 @@ from .provenance import check_target, read, write
 from .screen import OneLineErrors, screen
 
 PROMPTS = (
-    "taco, noto style",
-    "rocket, fluent 3d style",
-    "red apple, twemoji style",
-    "octopus, fluent flat style",
+    "watermelon, fluent flat style",
+    "maple leaf, noto style",
+    "wine glass, twemoji style",
+    "monkey face, fluent 3d style",
 )
 RECIPE, DENSITIES = "draft", (0.5, 0.3)
 SHEET = "side-by-side.png"

@@ -26,9 +26,7 @@ STYLE_CROP = 64
 class Residual(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(
-            nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        )
+        self.first = nn.Sequential(nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width))
         self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
         self.skip = nn.Conv2d(width_in, width, 1, stride, bias=False)
 
@@ -62,9 +60,7 @@ class Judge(nn.Module):
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Concept logits and style shares (a mean over crops) of pictures [N, 3, 128, 128] in [0, 1]."""
         places = [(y, x) for y in (16, 32, 48) for x in (16, 32, 48)]
-        crops = [
-            self.style(pictures[:, :, y : y + STYLE_CROP, x : x + STYLE_CROP]).softmax(1) for y, x in places
-        ]
+        crops = [self.style(pictures[:, :, y : y + STYLE_CROP, x : x + STYLE_CROP]).softmax(1) for y, x in places]
         return self.concept(pictures), torch.stack(crops).mean(0)
 
 
@@ -124,9 +120,7 @@ def train(pairs: list[Pair], pictures: torch.Tensor, seconds: float, batch: int,
         if step % 10 == 0:
             done = (time.time() - start) / seconds
         for settings in optimizer.param_groups:
-            settings["lr"] = (
-                3e-3 * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
-            )
+            settings["lr"] = 3e-3 * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
         chosen = torch.randint(len(pictures), (batch,), device=device)
         x = pictures[chosen]
         with torch.autocast(device.type, torch.bfloat16):
@@ -150,9 +144,7 @@ def load_judge(file: Path, concepts: int, device: torch.device) -> Judge:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
     parser.add_argument("--target", type=Path, default=Path(".data/work/classifier.safetensors"))
     parser.add_argument("--seconds", type=float, default=40)

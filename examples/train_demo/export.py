@@ -91,9 +91,7 @@ def export(args: argparse.Namespace) -> None:
     transformer.load_state_dict(part(weights, "transformer."))
     fold_guidance(transformer)
     clip.load_state_dict(part(weights, "clip."))
-    t5.load_state_dict(
-        part(weights, "t5."), strict=False
-    )  # its second name for the shared embedding is left out
+    t5.load_state_dict(part(weights, "t5."), strict=False)  # its second name for the shared embedding is left out
     pipe = FluxPipeline(
         scheduler=build_scheduler(args.shift_128, args.shift_256),
         vae=AutoencoderKL.from_pretrained(args.work / "vae").to(torch.bfloat16),
@@ -113,9 +111,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
     parser.add_argument("--work", type=Path, default=Path(".data/work"))
     parser.add_argument("--target", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))

@@ -41,9 +41,7 @@ def rows(judge: Judge, title: str, pictures: torch.Tensor, pairs: list[Pair]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, nargs="*")
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
     parser.add_argument("--judge", type=Path, default=Path(".data/work/classifier.safetensors"))

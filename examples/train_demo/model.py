@@ -26,9 +26,7 @@ class Shape:
 
 
 SHAPES = {
-    "full": Shape(
-        heads=5, double_blocks=1, single_blocks=7, t5_width=192, clip_width=128, vae_channels=(32, 64)
-    ),
+    "full": Shape(heads=5, double_blocks=1, single_blocks=7, t5_width=192, clip_width=128, vae_channels=(32, 64)),
     "tiny": Shape(heads=1, double_blocks=1, single_blocks=1, t5_width=32, clip_width=32, vae_channels=(8, 8)),
 }
 
@@ -126,8 +124,4 @@ def image_ids(pixels: int, stride: int, device: torch.device) -> torch.Tensor:
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """[B, C, H, W] to tokens [B, H/2 * W/2, 4C], FluxPipeline's order."""
     b, c, h, w = latents.shape
-    return (
-        latents.view(b, c, h // 2, 2, w // 2, 2)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(b, (h // 2) * (w // 2), 4 * c)
-    )
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)

@@ -43,9 +43,7 @@ def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Optimizer:
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype, muon_rate: float = 2e-3, adam_rate: float = 1.5e-3
-    ):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, muon_rate: float = 2e-3, adam_rate: float = 1.5e-3):
         named = list(model.named_parameters())
         matrices = sorted((p.shape, n, p) for n, p in named if is_block_matrix(n, p))
         rest = [(n, p) for n, p in named if not is_block_matrix(n, p)]

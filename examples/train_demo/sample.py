@@ -40,9 +40,7 @@ def draw(pipe: FluxPipeline, captions: list[str], seeds: list[int], args: argpar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
     parser.add_argument("--model", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))
     parser.add_argument("--target", type=Path, required=True)

@@ -23,9 +23,7 @@ def choose(pairs: list[Pair], drawn: list[int], seed: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)

@@ -102,18 +102,14 @@ class Data:
     shares: torch.Tensor  # of the caption variants
 
 
-def build_data(
-    pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group
-) -> Data:
+def build_data(pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group) -> Data:
     texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
     clip = encode(build_tokenizer(vocabulary, clip=True), texts, LENGTH).view(len(pairs), -1, LENGTH)
     t5 = encode(build_tokenizer(vocabulary, clip=False), texts, LENGTH).view(len(pairs), -1, LENGTH)
     return Data(latents, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
 
 
-def scaled_latents(
-    vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype
-) -> torch.Tensor:
+def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype) -> torch.Tensor:
     latents = (encode_all(vae, pictures, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
     return pack(latents).to(dtype)
 
@@ -201,9 +197,7 @@ def report(
         )
 
 
-def prepare_vae(
-    args: argparse.Namespace, pictures: torch.Tensor, shape: Shape, group: Group
-) -> AutoencoderKL:
+def prepare_vae(args: argparse.Namespace, pictures: torch.Tensor, shape: Shape, group: Group) -> AutoencoderKL:
     """The VAE of an earlier call, or a newly trained one."""
     for folder in (args.work, args.resume):
         if folder and (folder / "vae").exists():
@@ -224,13 +218,9 @@ def prepare_vae(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
-    parser.add_argument(
-        "--work", type=Path, default=Path(".data/work"), help="checkpoint, VAE, exported weights"
-    )
+    parser.add_argument("--work", type=Path, default=Path(".data/work"), help="checkpoint, VAE, exported weights")
     parser.add_argument("--resume", type=Path, help="pipeline folder of an earlier call")
     parser.add_argument("--stages", default="32,64,128,256,final")
     parser.add_argument("--seconds", default="55,80,235,150,270", help="of each stage")

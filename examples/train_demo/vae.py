@@ -39,9 +39,7 @@ def loss_of(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures) + KL_WEIGHT * kl
 
 
-def train_vae(
-    pictures: torch.Tensor, shape: Shape, group: Group, seconds: float, batch: int
-) -> AutoencoderKL:
+def train_vae(pictures: torch.Tensor, shape: Shape, group: Group, seconds: float, batch: int) -> AutoencoderKL:
     """Train for the given time from scratch; cosine decay over the time."""
     vae = build_vae(shape).to(group.device, memory_format=torch.channels_last)
     parameters = list(vae.parameters())
@@ -52,9 +50,7 @@ def train_vae(
         if step % 10 == 0:
             done = group.from_main((time.time() - start) / seconds)
         for settings in optimizer.param_groups:
-            settings["lr"] = (
-                2e-3 * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
-            )
+            settings["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
         with torch.autocast(group.device.type, torch.bfloat16):
             loss = loss_of(vae, draw_crops(pictures, batch).contiguous(memory_format=torch.channels_last))
         loss.backward()
