@@ -324,6 +324,11 @@ def _cannot_stand_in(site: Site) -> str:
 
 def _known_family(transformer: torch.nn.Module) -> Family:
     family = family_of(transformer)
+    if hasattr(transformer, "_orig_mod"):
+        raise UnsupportedError(
+            "the transformer is wrapped by torch.compile, which this version does not support; accelerate the original "
+            "(`pipe.transformer = pipe.transformer._orig_mod`)."
+        )
     if family is None:
         known = sorted(name for f in all_families() for name in f.classes)
         raise UnsupportedError(

@@ -100,6 +100,9 @@ def test_state_over_the_limit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_geometric_plans_are_made_once_per_layout() -> None:
     planner = Planner(resolve("grat", picture=(1, 4, 4)))
     assert planner.plan(call(0, 0)) is planner.plan(call(3, 5))
+    for width in range(2, 40):
+        planner.plan(call(0, 0, layout=TokenLayout(grid=(1, 4, width))))
+    assert len(planner._fixed) == planner_module.LAYOUT_LIMIT
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,16 @@ def test_wrong_objects_are_refused_with_what_they_hold() -> None:
         dit_accel.accelerate(pipe)
 
 
+def test_compiled_transformers_are_refused_with_the_way_out() -> None:
+    pipe, _ = tiny.flux()
+    original = pipe.transformer
+    pipe.transformer = torch.compile(original)
+    with pytest.raises(UnsupportedError, match=r"torch\.compile.*_orig_mod"):
+        dit_accel.accelerate(pipe)
+    pipe.transformer = original
+    dit_accel.accelerate(pipe).restore()
+
+
 def test_enabled_diffusers_cache_is_refused() -> None:
     from diffusers import FirstBlockCacheConfig
 

@@ -59,13 +59,12 @@ def attention(
     encoder_hidden_states: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    **others: Any,
 ) -> Any:
     """Stand in for FluxAttnProcessor: own projection, norm and rotation, then the engine.
 
     `hidden_states` [B, S, C]; returns what the processor returns: a tensor, or (picture, text) in double blocks.
     """
-    stock = partial(original, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **others)
+    stock = partial(original, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
     text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
     reason = attachment.dense_reason(site, hidden_states, hidden_states.shape[1] + text)
     if not reason and attention_mask is not None:

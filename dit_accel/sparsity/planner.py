@@ -18,7 +18,8 @@ from .plan import PackedPlan, Plan, from_units
 if TYPE_CHECKING:
     from ..attend import AttentionCall
 
-STATE_LIMIT = 8 << 30
+STATE_LIMIT = 8 << 30  # bytes of plans kept between steps
+LAYOUT_LIMIT = 8  # geometric plans kept
 
 
 class SiteLike(Protocol):
@@ -88,6 +89,8 @@ class Planner:
     def _geometric(self, layout: TokenLayout, device: torch.device) -> Plan:
         key = (layout, device)
         if key not in self._fixed:
+            while len(self._fixed) >= LAYOUT_LIMIT:
+                del self._fixed[next(iter(self._fixed))]  # the oldest
             tiling = tiling_for(self.recipe, layout)
             nothing = torch.empty(0, device=device)
             plan = from_units(decide(self.recipe, tiling, nothing, nothing, 1.0), tiling)

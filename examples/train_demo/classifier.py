@@ -1,6 +1,6 @@
 """The judge: two small networks that name a picture's concept and style, trained on real trained pairs only.
 
-    python classifier.py --seconds 40 --target .data/work/classifier.safetensors
+    python classifier.py --seconds 40 --target .data/training/classifier.safetensors
 
 Held-out pairs ask for a concept in a style it was never seen in, so colours are changed strongly for the
 concept network, and the style network sees small crops only, in which the concept tells little.
@@ -146,7 +146,7 @@ def load_judge(file: Path, concepts: int, device: torch.device) -> Judge:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
-    parser.add_argument("--target", type=Path, default=Path(".data/work/classifier.safetensors"))
+    parser.add_argument("--target", type=Path, default=Path(".data/training/classifier.safetensors"))
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """Write the trained weights as a stock FluxPipeline folder, the blocks' matrices in fp8.
 
-python export.py --work .data/work --target ../../dit_accel/demo_models/emoji-flux
+python export.py --work .data/training --target ../../dit_accel/demo_models/emoji-flux
 """
 
 import argparse
@@ -113,7 +113,7 @@ def export(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
-    parser.add_argument("--work", type=Path, default=Path(".data/work"))
+    parser.add_argument("--work", type=Path, default=Path(".data/training"))
     parser.add_argument("--target", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))
     parser.add_argument("--shift-128", type=float, default=4.0)
     parser.add_argument("--shift-256", type=float, default=7.0)

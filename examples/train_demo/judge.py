@@ -1,6 +1,6 @@
 """Score drawn pictures with the judge, beside its scores on the real ones.
 
-python judge.py .data/work/pictures-*.npz
+python judge.py .data/training/pictures-*.npz
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, nargs="*")
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
-    parser.add_argument("--judge", type=Path, default=Path(".data/work/classifier.safetensors"))
+    parser.add_argument("--judge", type=Path, default=Path(".data/training/classifier.safetensors"))
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     pairs = load_pairs(args.data)

@@ -1,6 +1,6 @@
 """Draw the captions of chosen pairs with the shipped folder and stock diffusers.
 
-python sample.py --side 128 --steps 20 --length 512 --target .data/work/pictures-128.npz
+python sample.py --side 128 --steps 20 --length 512 --target .data/training/pictures-128.npz
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A sheet of 48 drawn pictures, half of them held-out pairs, with their captions.
 
-python sheet.py --pictures .data/work/pictures-256.npz --target docs/images/emoji-flux-sheet.png
+python sheet.py --pictures .data/training/pictures-256.npz --target docs/images/emoji-flux-sheet.png
 """
 
 import argparse

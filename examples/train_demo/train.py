@@ -220,7 +220,7 @@ def prepare_vae(args: argparse.Namespace, pictures: torch.Tensor, shape: Shape, 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
-    parser.add_argument("--work", type=Path, default=Path(".data/work"), help="checkpoint, VAE, exported weights")
+    parser.add_argument("--work", type=Path, default=Path(".data/training"), help="checkpoint, VAE, exported weights")
     parser.add_argument("--resume", type=Path, help="pipeline folder of an earlier call")
     parser.add_argument("--stages", default="32,64,128,256,final")
     parser.add_argument("--seconds", default="55,80,235,150,270", help="of each stage")

@@ -64,7 +64,7 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, values or devices that do not fit; what was given is in the message.
         TypeError: wrong dtypes.
-        NotImplementedError: the named back end cannot run this, with all reasons; or a gradient is needed.
+        RuntimeError: the named back end cannot run this, with all reasons; or a gradient is needed.
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
@@ -116,7 +116,7 @@ def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
         return "reference" if reasons else wanted
     reasons = unsupported_reasons(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
     if reasons:
-        raise NotImplementedError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")
+        raise RuntimeError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")
     return backend
 
 
@@ -189,7 +189,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; expected one device")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(
+        raise RuntimeError(
             f"{shown}: a gradient is asked for, but this operation has no backward pass; "
             "call it under torch.no_grad() or detach its inputs"
         )

@@ -27,7 +27,7 @@ def merge_attention(
         its out holds; where all are -inf, out is 0 and lse -inf.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit; NotImplementedError: the named back end
+        ValueError, TypeError: shapes or dtypes that do not fit; RuntimeError: the named back end
         cannot run this, or a gradient is needed.
 
     out = sum_i exp(lse_i - lse) out_i with lse = ln sum_i exp(lse_i) (FlashAttention, Dao et al. 2022,
@@ -39,7 +39,7 @@ def merge_attention(
     wanted = backend or ("triton" if outs[0].is_cuda else "reference")
     reasons = unsupported_reasons(wanted, outs)
     if backend is not None and reasons:
-        raise NotImplementedError(f"backend {backend!r} cannot merge: {'; '.join(reasons)}")
+        raise RuntimeError(f"backend {backend!r} cannot merge: {'; '.join(reasons)}")
     use_triton = wanted == "triton" and not reasons
     if use_triton and outs[0].numel():
         from .triton import merge
@@ -82,7 +82,7 @@ def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
         if out.device != device or lse.device != device:
             raise ValueError(f"outs[{at}] lies on {out.device}, lses[{at}] on {lse.device}; expected {device}")
         if torch.is_grad_enabled() and (out.requires_grad or lse.requires_grad):
-            raise NotImplementedError(
+            raise RuntimeError(
                 f"outs[{at}] {list(shape)}: a gradient is asked for, but this operation has no backward "
                 "pass; call it under torch.no_grad() or detach its inputs"
             )
