@@ -75,5 +75,6 @@ def test_hugging_face_kernels_still_imports(installed: tuple[Path, Path]) -> Non
 def test_nothing_foreign_is_installed(installed: tuple[Path, Path]) -> None:
     """The wheel owns dit_accel/ alone: no top-level kernels/, pipelines/, eval/ or tests/."""
     (site,) = (installed[0].parent / "lib").glob("python*/site-packages")
-    ours = {p.name for p in site.iterdir() if not p.name.startswith(("pip", "setuptools", "_", "pkg_", "wheel"))}
+    tools = ("pip", "setuptools", "_", "pkg_", "wheel", "distutils-precedence")
+    ours = {p.name for p in site.iterdir() if not p.name.startswith(tools)}
     assert {name for name in ours if not name.endswith(".dist-info")} == {"dit_accel"}

@@ -19,7 +19,7 @@ def test_demo_writes_pictures_and_says_where(model: Path, tmp_path: Path) -> Non
     out = tmp_path / "new" / "demo"
     result = run(model, out)
     assert result.exit_code == 0, result.output
-    singles = {"taco-noto-style-stock.png", *(f"taco-noto-style-density-{d}.png" for d in DENSITIES)}
+    singles = {"watermelon-fluent-flat-style-stock.png", *(f"watermelon-fluent-flat-style-density-{d}.png" for d in DENSITIES)}
     assert {path.name for path in out.iterdir()} == {SHEET, *singles}
     assert len({Image.open(out / name).tobytes() for name in singles}) == 3
     assert str(out / SHEET) in result.stdout
@@ -29,7 +29,7 @@ def test_demo_writes_pictures_and_says_where(model: Path, tmp_path: Path) -> Non
     assert again.exit_code == 0, again.output
 
 
-@pytest.mark.parametrize("name", [SHEET, "taco-noto-style-stock.png"])
+@pytest.mark.parametrize("name", [SHEET, "watermelon-fluent-flat-style-stock.png"])
 def test_demo_keeps_files_that_it_did_not_make(model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"mine")
     result = run(model, tmp_path)
