@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 
 from ..config import Keeps, PercentileSelect, Recipe, TopKSelect, TopPSelect, WithinSelect
@@ -69,16 +72,26 @@ def grid_share(layout: TokenLayout, density: float) -> float:
     return max(0.0, (density * layout.length**2 - always) / cells**2)
 
 
+@lru_cache(maxsize=256)
 def floor_note(recipe: Recipe, layout: TokenLayout) -> str:
     """Say in plain words when the asked density cannot be reached on this layout, else ''."""
     cells = layout.length - layout.text
-    least = 1 - (cells / layout.length) ** 2
-    if recipe.density is None or recipe.density > least:
+    text_share = 1 - (cells / layout.length) ** 2
+    least = text_share + _kept_pairs(recipe, layout) / layout.length**2
+    if recipe.density is None or recipe.density >= least:
         return ""
     return (
-        f"asked density {recipe.density:g}, but {layout.text} text tokens beside {cells} always take {least:.2f}; "
-        "use a shorter text length"
+        f"asked density {recipe.density:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
+        f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
     )
+
+
+def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
+    """Count the grid's token pairs that are computed whatever their score."""
+    tiling = tiling_for(recipe, layout)
+    keep = keep_mask(tiling, recipe.keeps, torch.device("cpu")).numpy()[tiling.grid][:, tiling.grid]
+    tokens = tiling.tokens[tiling.grid]
+    return float((keep * np.outer(tokens, tokens)).sum())
 
 
 def keep_mask(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,10 @@ def test_demo_writes_pictures_and_says_where(model: Path, tmp_path: Path) -> Non
     out = tmp_path / "new" / "demo"
     result = run(model, out)
     assert result.exit_code == 0, result.output
-    singles = {"watermelon-fluent-flat-style-stock.png", *(f"watermelon-fluent-flat-style-density-{d}.png" for d in DENSITIES)}
+    singles = {
+        "watermelon-fluent-flat-style-stock.png",
+        *(f"watermelon-fluent-flat-style-density-{d}.png" for d in DENSITIES),
+    }
     assert {path.name for path in out.iterdir()} == {SHEET, *singles}
     assert len({Image.open(out / name).tobytes() for name in singles}) == 3
     assert str(out / SHEET) in result.stdout
