@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import ConfigError, nearest
 
 
-class Config(BaseModel):
+class Config(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """Base of all settings: frozen, hashable, strict about types, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 Density = Annotated[float, Field(gt=0, le=1, strict=False)]
@@ -26,13 +24,13 @@ Block = Literal[16, 32, 64, 128]
 
 
 # Axis 1: order -------------------------------------------------------------------------------------------------
-class RasterOrder(Config):
+class RasterOrder(Config, frozen=True):
     """Tokens stay as the model has them."""
 
     kind: Literal["raster"] = "raster"
 
 
-class TileOrder(Config):
+class TileOrder(Config, frozen=True):
     """3-D tiles; `picture` is used on grids of one frame, `video` on the others, halved where a grid is small."""
 
     kind: Literal["tile"] = "tile"
@@ -40,56 +38,56 @@ class TileOrder(Config):
     video: Tile = (4, 8, 8)
 
 
-class HilbertOrder(Config):
+class HilbertOrder(Config, frozen=True):
     """Runs of a Hilbert curve."""
 
     kind: Literal["hilbert"] = "hilbert"
 
 
 # Axis 2: score -------------------------------------------------------------------------------------------------
-class GeometryScore(Config):
+class GeometryScore(Config, frozen=True):
     """Nearness on the grid alone: `window` (all axes near) or `cross` (any axis near)."""
 
     kind: Literal["geometry"] = "geometry"
     shape: Literal["window", "cross"] = "window"
 
 
-class PooledScore(Config):
+class PooledScore(Config, frozen=True):
     """Softmax of the product of mean queries and mean keys."""
 
     kind: Literal["pooled"] = "pooled"
 
 
 # Axis 3: select ------------------------------------------------------------------------------------------------
-class WithinSelect(Config):
+class WithinSelect(Config, frozen=True):
     """All pairs no farther than `radius` units (geometry scores only)."""
 
     kind: Literal["within"] = "within"
     radius: Annotated[int, Field(ge=0, le=4096)] = 1
 
 
-class TopKSelect(Config):
+class TopKSelect(Config, frozen=True):
     """The best pairs of each row, as many as `density` allows."""
 
     kind: Literal["top-k"] = "top-k"
     density: Density = 0.3
 
 
-class TopPSelect(Config):
+class TopPSelect(Config, frozen=True):
     """The best pairs of each row until their share of the score reaches `p`."""
 
     kind: Literal["top-p"] = "top-p"
     p: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.9
 
 
-class PercentileSelect(Config):
+class PercentileSelect(Config, frozen=True):
     """The best pairs of each head over all its rows, as many as `density` allows; no row stays empty."""
 
     kind: Literal["percentile"] = "percentile"
     density: Density = 0.3
 
 
-class Keeps(Config):
+class Keeps(Config, frozen=True):
     """Pairs that are always computed, besides text: own unit, the first frame's keys, the first `sinks` keys."""
 
     own: bool = True
@@ -103,7 +101,7 @@ Select = Annotated[WithinSelect | TopKSelect | TopPSelect | PercentileSelect, Fi
 AXES = ("order", "score", "select", "keeps")
 
 
-class Recipe(Config):
+class Recipe(Config, frozen=True):
     """One sparse-attention method: a choice on each axis, and when it applies.
 
     `every`: sparse steps between two decisions. `dense_steps`: share of the first steps left dense.

@@ -15,8 +15,7 @@ from .tiling import Tiling, tiling
 
 def tiling_for(recipe: Recipe, layout: TokenLayout) -> Tiling:
     """Return the recipe's cut of a layout (cached)."""
-    # frozen pydantic models are hashable, which type checkers cannot know
-    return tiling(layout, recipe.order, recipe.block_q, recipe.block_k)  # pyright: ignore[reportArgumentType]
+    return tiling(layout, recipe.order, recipe.block_q, recipe.block_k)
 
 
 def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int) -> int:
