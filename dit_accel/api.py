@@ -12,10 +12,10 @@ from typing import Any, Literal, overload
 import torch
 
 from .acceleration import Acceleration, refuse_if_live
-from .attend import AttentionCall, run
+from .attend import run
+from .call import AttentionCall, Site
 from .config import Recipe
 from .errors import ConfigError, UnsupportedError, nearest
-from .hosts import Site
 from .layout import TokenLayout
 from .sparsity.plan import Plan
 from .sparsity.planner import Planner

@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
-
 import torch
 
-from .kernels.block_sparse import block_sparse_attention, unsupported_reasons
+from .call import AttentionCall
+from .engine import Engine
+from .kernels.block_sparse import block_sparse_attention
 from .kernels.merge import merge_attention
-from .layout import TokenLayout
 from .sparsity.plan import Plan
-from .step import StepInfo
-
-if TYPE_CHECKING:
-    from .acceleration import Engine
-    from .hosts.family import Site
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """Everything known about one attention call.
-
-    `q`, `k`, `v` [B, S, H, D] with whatever strides they have, rotated. `stock` runs the attention the user has
-    configured on such tensors. `key_bias` [B|1, H|1, keys] holds the padding (-inf). `q_raw`, `k_raw` are the
-    tensors before rotation and `rotate` turns them, where the host can give them.
-    """
-
-    site: Site
-    step: StepInfo
-    layout: TokenLayout
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    scale: float
-    stock: Attention
-    key_bias: torch.Tensor | None = None
-    q_raw: torch.Tensor | None = None
-    k_raw: torch.Tensor | None = None
-    rotate: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-
-Stage = Callable[[AttentionCall], AttentionCall]
 
 
 def attend(call: AttentionCall, engine: Engine) -> torch.Tensor:
@@ -97,12 +60,3 @@ def run(
 
 def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return a + b if a is not None and b is not None else a if a is not None else b
-
-
-@lru_cache(maxsize=256)
-def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """Return which backend runs sparse calls on such tensors, and why it is not the fast one ('' if it is)."""
-    if device.type != "cuda":
-        return "reference", f"the Triton kernels run on CUDA devices, this is {device.type}"
-    reasons = unsupported_reasons("triton", device=device, dtype=dtype, head_dim=head_dim)
-    return ("reference", "; ".join(reasons)) if reasons else ("triton", "")

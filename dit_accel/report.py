@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .backend import kernel_name
+from .call import AttentionCall, Site
 from .config import Recipe
 from .layout import TokenLayout
+from .sparsity.plan import Plan
 from .step import StepInfo
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-    from .attend import AttentionCall
-    from .hosts.family import Site
-    from .sparsity.plan import Plan
 
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -173,8 +173,6 @@ class Ledger:
     @contextmanager
     def timed(self, call: AttentionCall, plan: Plan) -> Iterator[None]:
         """Record a planned call around its run."""
-        from .attend import kernel_name
-
         kernel, fallback = kernel_name(call.q.device, call.q.dtype, call.q.shape[-1])
         if plan.note:
             self._notes[plan.note] = None

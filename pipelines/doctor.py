@@ -101,7 +101,7 @@ def _cuda() -> Check:
 def _kernel() -> Check:
     import torch
 
-    from dit_accel.attend import kernel_name
+    from dit_accel.backend import kernel_name
 
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import dit_accel
-from dit_accel.attend import AttentionCall
+from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
 from dit_accel.hosts import all_families, family_of
 from dit_accel.sparsity.recipes import resolve

@@ -101,7 +101,7 @@ def sparse_counted_as_dense(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgotten_processor(patch: pytest.MonkeyPatch) -> None:
-    from dit_accel.acceleration import Attachment
+    from dit_accel.attachment import Attachment
 
     patch.setattr(Attachment, "detach", lambda self: self._undo.clear())
 

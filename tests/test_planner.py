@@ -10,10 +10,9 @@ import tiny
 import torch
 
 import dit_accel
-from dit_accel.attend import AttentionCall
+from dit_accel.call import AttentionCall, Site
 from dit_accel.config import Recipe
 from dit_accel.errors import ConfigError, PlanError
-from dit_accel.hosts import Site
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import planner as planner_module
 from dit_accel.sparsity.decide import state_bytes

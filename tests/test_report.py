@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import dit_accel
-from dit_accel.attend import AttentionCall
+from dit_accel.call import AttentionCall
 from dit_accel.report import _ranges
 
 OPTIONS = {"picture": (1, 4, 4), "block_q": 16, "block_k": 16}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from .families import FAMILIES
-from .family import Family, LayoutUnknownError, Site
+from .family import Family, LayoutUnknownError
 from .flux import FLUX
 
-__all__ = ["Family", "LayoutUnknownError", "Site", "all_families", "family_of"]
+__all__ = ["Family", "LayoutUnknownError", "all_families", "family_of"]
 
 
 def all_families() -> tuple[Family, ...]:

@@ -7,25 +7,28 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from ..call import Site
+from ..engine import Engine
 from ..layout import TokenLayout
+from ..step import StepInfo
 
 
 class LayoutUnknownError(Exception):
     """The geometry of a call cannot be had; the message says why."""
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One attention module of one transformer. `index` counts the sites of the transformer from 0."""
+class Host(Protocol):
+    """What a host's attention function may ask of the transformer it sits in (see `attachment.Attachment`)."""
 
-    name: str
-    group: str
-    index: int
-    module: torch.nn.Module
+    engine: Engine
+    step: StepInfo
+    layout: TokenLayout | None
+
+    def dense_reason(self, site: Site, x: torch.Tensor, length: int | None = None) -> str: ...
 
 
 Geometry = Callable[[torch.nn.Module, Mapping[str, Any], dict[str, Any]], TokenLayout]

@@ -5,17 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..attend import AttentionCall, attend
+from ..attend import attend
+from ..call import AttentionCall, Site
 from ..layout import Grid, Segment, Text, TokenLayout
-from .family import Family, LayoutUnknownError, Site
-
-if TYPE_CHECKING:
-    from ..acceleration import Attachment
+from .family import Family, Host, LayoutUnknownError
 
 
 def geometry(_: torch.nn.Module, arguments: Mapping[str, Any], memo: dict[str, Any]) -> TokenLayout:
@@ -52,7 +50,7 @@ def _restarts(table: np.ndarray) -> np.ndarray:
 
 def attention(
     original: Any,
-    attachment: Attachment,
+    host: Host,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -66,19 +64,19 @@ def attention(
     """
     stock = partial(original, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
     text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-    reason = attachment.dense_reason(site, hidden_states, hidden_states.shape[1] + text)
+    reason = host.dense_reason(site, hidden_states, hidden_states.shape[1] + text)
     if not reason and attention_mask is not None:
         reason = "the call carries an attention mask"
     if reason:
-        with attachment.engine.ledger.timed_dense(site, attachment.step, hidden_states.device, reason):
+        with host.engine.ledger.timed_dense(site, host.step, hidden_states.device, reason):
             return stock()
     q, k, v = _joint_qkv(attn, hidden_states, encoder_hidden_states)
     rotate = partial(_rotate, rotary=image_rotary_emb)
-    assert attachment.layout is not None
+    assert host.layout is not None
     call = AttentionCall(
         site=site,
-        step=attachment.step,
-        layout=attachment.layout,
+        step=host.step,
+        layout=host.layout,
         q=rotate(q),
         k=rotate(k),
         v=v,
@@ -88,7 +86,7 @@ def attention(
         k_raw=k,
         rotate=rotate,
     )
-    out = attend(call, attachment.engine).flatten(2, 3).to(q.dtype)
+    out = attend(call, host.engine).flatten(2, 3).to(q.dtype)
     return out if encoder_hidden_states is None else _project_out(attn, out, text)
 
 

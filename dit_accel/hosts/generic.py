@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..attend import AttentionCall, attend
+from ..attend import attend
+from ..call import AttentionCall, Site
 from ..layout import Grid, TokenLayout
-from .family import Site
-
-if TYPE_CHECKING:
-    from ..acceleration import Attachment
+from .family import Host
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -35,7 +33,7 @@ class _Intercept(TorchFunctionMode):
 
 def attention(
     original: Any,
-    attachment: Attachment,
+    host: Host,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -44,37 +42,37 @@ def attention(
 ) -> Any:
     """Stand in for any processor; what it returns is what the processor returns."""
     stock = partial(original, attn, hidden_states, *args, **kwargs)
-    ledger, device = attachment.engine.ledger, hidden_states.device
-    reason = attachment.dense_reason(site, hidden_states)
+    ledger, device = host.engine.ledger, hidden_states.device
+    reason = host.dense_reason(site, hidden_states)
     if reason:
-        with ledger.timed_dense(site, attachment.step, device, reason):
+        with ledger.timed_dense(site, host.step, device, reason):
             return stock()
     seen = []
-    with _Intercept(lambda arguments: _one_call(attachment, site, seen, arguments)):
+    with _Intercept(lambda arguments: _one_call(host, site, seen, arguments)):
         out = stock()
     if not seen:
-        ledger.note_dense(site, attachment.step, "its attention backend bypasses scaled_dot_product_attention")
+        ledger.note_dense(site, host.step, "its attention backend bypasses scaled_dot_product_attention")
     return out
 
 
-def _one_call(attachment: Attachment, site: Site, seen: list[str], arguments: dict[str, Any]) -> torch.Tensor:
+def _one_call(host: Host, site: Site, seen: list[str], arguments: dict[str, Any]) -> torch.Tensor:
     query, key = arguments["query"], arguments["key"]
-    layout, reason = _matching_layout(attachment.layout, query, key)
+    layout, reason = _matching_layout(host.layout, query, key)
     bias: torch.Tensor | None = None
     if not reason:
         reason = _unsuited(arguments)
     if not reason:
         bias, reason = key_bias(arguments.get("attn_mask"), key.shape[-2])
     if not reason:
-        reason = attachment.dense_reason(site, query)
+        reason = host.dense_reason(site, query)
     seen.append(reason)
     if reason or layout is None:
-        with attachment.engine.ledger.timed_dense(site, attachment.step, query.device, reason):
+        with host.engine.ledger.timed_dense(site, host.step, query.device, reason):
             return F.scaled_dot_product_attention(**arguments)
     scale = arguments.get("scale")
     call = AttentionCall(
         site=site,
-        step=attachment.step,
+        step=host.step,
         layout=layout,
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
@@ -83,7 +81,7 @@ def _one_call(attachment: Attachment, site: Site, seen: list[str], arguments: di
         stock=partial(_dense, arguments),
         key_bias=bias,
     )
-    return attend(call, attachment.engine).transpose(1, 2)
+    return attend(call, host.engine).transpose(1, 2)
 
 
 def _dense(arguments: dict[str, Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

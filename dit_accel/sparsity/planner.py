@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
-
 import torch
 
+from ..call import AttentionCall, Site
 from ..config import Recipe
 from ..errors import PlanError
 from ..layout import TokenLayout
@@ -15,20 +14,8 @@ from .crossover import slower_reason
 from .decide import decide, floor_note, state_bytes, tiling_for
 from .plan import PackedPlan, Plan, from_units
 
-if TYPE_CHECKING:
-    from ..attend import AttentionCall
-
 STATE_LIMIT = 8 << 30  # bytes of plans kept between steps
 LAYOUT_LIMIT = 8  # geometric plans kept
-
-
-class SiteLike(Protocol):
-    """What the planner needs of an attention site."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def index(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class Planner:
         """Bytes kept between steps."""
         return sum(kept.plan.nbytes for kept in self._kept.values()) + sum(p.nbytes for p in self._fixed.values())
 
-    def dense_reason(self, site: SiteLike, step: StepInfo, layout: TokenLayout, x: torch.Tensor) -> str:
+    def dense_reason(self, site: Site, step: StepInfo, layout: TokenLayout, x: torch.Tensor) -> str:
         """Say why the recipe leaves a call dense before its queries are known, '' if it does not.
 
         `x` is any tensor of the call: its device tells which measured table applies.

@@ -1,0 +1,225 @@
+"""How one transformer is attached and undone, and what is known of the call in progress: instances only."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+
+from .call import Site
+from .engine import Engine
+from .errors import NonFiniteError
+from .hosts import Family, LayoutUnknownError
+from .hosts.family import bind
+from .hosts.generic import attention as intercepted_attention
+from .layout import TokenLayout
+from .step import StepInfo, StepTracker
+
+_NO_STEP = StepInfo(run=0, index=None, total=None, branch="0", reason="called outside the transformer's forward")
+
+
+class Attachment:
+    """One transformer under acceleration: its sites, what was there before, and the call in progress."""
+
+    def __init__(
+        self, transformer: torch.nn.Module, family: Family, engine: Engine, tracker: StepTracker, prefix: str
+    ) -> None:
+        self.transformer = transformer
+        self.family = family
+        self.engine = engine
+        self.step = _NO_STEP
+        self.layout: TokenLayout | None = None
+        self._tracker = tracker
+        self._layout_reason = _NO_STEP.reason
+        self._memo: dict[str, Any] = {}
+        self._finite: torch.Tensor | None = None
+        self._watched = _NO_STEP
+        self._undo: list[Callable[[], None]] = []
+        self.sites = [
+            Site(prefix + site.name, prefix + site.group, site.index, site.module)
+            for site in family.find_sites(transformer)
+        ]
+        self.blocked = {site.name: reason for site in self.sites if (reason := _cannot_stand_in(site))}
+
+    # -- attach and undo ------------------------------------------------------------------------------------------
+    def attach(self) -> None:
+        """Put the stand-ins and hooks in place; all of them sit on instances."""
+        for site in self.sites:
+            if site.name not in self.blocked:
+                self._replace_processor(site)
+        before = self.transformer.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
+        after = self.transformer.register_forward_hook(_Hook(self._leave), always_call=True)
+        self._undo += [before.remove, after.remove]
+        if hasattr(self.transformer, "cache_context"):
+            self._name_branches()
+
+    def _replace_processor(self, site: Site) -> None:
+        original = site.module.processor
+        replacement = _stand_in(original, self, site)
+        site.module.processor = replacement  # type: ignore[assignment]
+
+        def undo() -> None:
+            if site.module.processor is replacement:  # else the user has put another one there: it stays
+                site.module.processor = original  # type: ignore[assignment]
+
+        self._undo.append(undo)
+
+    def _name_branches(self) -> None:
+        """Learn the branch names that a pipeline gives through `cache_context`, by an instance attribute."""
+        transformer = self.transformer
+        previous = vars(transformer).get("cache_context")
+        named = _NamedContext(transformer, transformer.cache_context, self._tracker)
+        transformer.cache_context = named  # type: ignore[assignment]
+
+        def undo() -> None:
+            if vars(transformer).get("cache_context") is not named:
+                return
+            if previous is None:
+                del transformer.cache_context
+            else:
+                transformer.cache_context = previous  # type: ignore[assignment]
+
+        self._undo.append(undo)
+
+    def detach(self) -> None:
+        """Put everything back, last change first."""
+        while self._undo:
+            self._undo.pop()()
+        self._memo.clear()
+
+    # -- around one forward ---------------------------------------------------------------------------------------
+    def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        arguments = bind(module, args, kwargs)
+        self._raise_if_not_finite()
+        self.step = self._tracker.observe(module, _timestep(arguments))
+        try:
+            self.layout, self._layout_reason = self.family.geometry(module, arguments, self._memo), ""
+        except LayoutUnknownError as error:
+            self.layout, self._layout_reason = None, str(error)
+        latents = arguments.get("hidden_states")
+        self.engine.ledger.begin_forward(self.step, self.layout, _device(latents))
+        self._watch(latents)
+
+    def _leave(self, *_: Any) -> None:
+        self.engine.ledger.end_forward()
+        self.step, self.layout, self._layout_reason = _NO_STEP, None, _NO_STEP.reason
+
+    def _watch(self, latents: Any) -> None:
+        """Check the latents for NaN and Inf; on a GPU the answer is read at the next call, to not wait for it."""
+        if not isinstance(latents, torch.Tensor) or latents.device.type == "meta":
+            return
+        self._finite = torch.isfinite(latents).all()
+        self._watched = self.step
+        if latents.device.type == "cpu":
+            self._raise_if_not_finite()
+
+    def _raise_if_not_finite(self) -> None:
+        finite, self._finite = self._finite, None
+        if finite is None or bool(finite):
+            return
+        step = self._watched
+        where = "the latents handed in" if not step.index else f"the latents after step {step.index - 1}"
+        raise NonFiniteError(
+            f"{where} hold NaN or Inf (run {step.run}, branch {step.branch}, recipe {self.engine.recipe.name!r}). "
+            "Try another dtype (bfloat16 or float32), or restore() to see whether the stock pipeline does it too."
+        )
+
+    def dense_reason(self, site: Site, x: torch.Tensor, length: int | None = None) -> str:
+        """Say why a call stays dense before its queries are known, '' if it does not.
+
+        `x` is any tensor of the call, `length` the tokens of its sequence where already known.
+        """
+        if self.layout is None:
+            return self._layout_reason
+        if length is not None and length != self.layout.length:
+            return f"a sequence of {length} tokens is not the layout's {self.layout.length}"
+        if getattr(site.module.processor, "_parallel_config", None) is not None:
+            return "context parallelism is on"
+        if torch.is_grad_enabled() and x.requires_grad:
+            return "gradients are asked for"
+        return self.engine.planner.dense_reason(site, self.step, self.layout, x)
+
+
+class _Hook:
+    """A forward hook that a deep copy of the model does not take along: the copy is not accelerated."""
+
+    def __init__(self, call: Callable[..., None] | None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __deepcopy__(self, _: Any) -> _Hook:
+        return _Hook(None)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None,)
+
+
+class _NamedContext:
+    """The transformer's `cache_context`, with the name also told to the tracker; a deep copy is the stock method."""
+
+    def __init__(self, transformer: torch.nn.Module, original: Any, tracker: StepTracker) -> None:
+        self._transformer = transformer
+        self._original = original
+        self._tracker = tracker
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        self._tracker.enter_context(name)
+        try:
+            with self._original(name, **kwargs):
+                yield
+        finally:
+            self._tracker.enter_context(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._transformer), self._transformer)
+        return MethodType(type(copied).cache_context, copied)
+
+
+def _stand_in(original: Any, attachment: Attachment, site: Site) -> Any:
+    """Make a processor of a one-off subclass that shares the original's attributes and calls the engine.
+
+    Sharing `__dict__` keeps what the user sets meanwhile (`_attention_backend`, `_parallel_config`). The signature
+    is kept because attention modules drop keyword arguments that a processor does not name.
+    """
+    cls = type(original)
+    family = attachment.family
+    known = cls.__name__ in family.processors and cls.__module__.startswith("diffusers.")
+    attention = family.attention if known and family.attention else intercepted_attention
+
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return attention(original, attachment, site, *args, **kwargs)
+
+    members = {
+        "__call__": call,
+        "__module__": cls.__module__,
+        "__deepcopy__": lambda self, memo: copy.deepcopy(original, memo),
+        "__reduce_ex__": lambda self, protocol: original.__reduce_ex__(protocol),
+    }
+    stand_in = object.__new__(type(cls.__name__, (cls,), members))
+    stand_in.__dict__ = original.__dict__
+    return stand_in
+
+
+def _cannot_stand_in(site: Site) -> str:
+    if isinstance(site.module.processor, torch.nn.Module):
+        return f"its processor {type(site.module.processor).__name__} has weights of its own"
+    return ""
+
+
+def _device(value: Any) -> torch.device:
+    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+
+
+def _timestep(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    value = next((arguments[name] for name in ("timestep", "timesteps", "t") if name in arguments), None)
+    return value if isinstance(value, torch.Tensor) else None
