@@ -61,20 +61,20 @@ class Attachment:
     def _replace_processor(self, site: Site) -> None:
         original = site.module.processor
         replacement = _stand_in(original, self, site)
-        site.module.processor = replacement  # type: ignore[assignment]
+        site.module.processor = replacement
 
         def undo() -> None:
             if site.module.processor is replacement:  # else the user has put another one there: it stays
-                site.module.processor = original  # type: ignore[assignment]
+                site.module.processor = original
 
         self._undo.append(undo)
 
     def _name_branches(self) -> None:
         """Learn the branch names that a pipeline gives through `cache_context`, by an instance attribute."""
-        transformer = self.transformer
+        transformer: Any = self.transformer
         previous = vars(transformer).get("cache_context")
         named = _NamedContext(transformer, transformer.cache_context, self._tracker)
-        transformer.cache_context = named  # type: ignore[assignment]
+        transformer.cache_context = named
 
         def undo() -> None:
             if vars(transformer).get("cache_context") is not named:
@@ -82,7 +82,7 @@ class Attachment:
             if previous is None:
                 del transformer.cache_context
             else:
-                transformer.cache_context = previous  # type: ignore[assignment]
+                transformer.cache_context = previous
 
         self._undo.append(undo)
 

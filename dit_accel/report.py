@@ -166,9 +166,10 @@ class Ledger:
 
     def end_forward(self) -> None:
         """End a transformer call."""
-        if self._open is not None:
-            self._forwards.append((self._open, _mark(torch.device("cuda"))))  # type: ignore[arg-type]
-            self._open = None
+        spent = _pair(self._open, torch.device("cuda"))
+        if spent is not None:
+            self._forwards.append(spent)
+        self._open = None
 
     @contextmanager
     def timed(self, call: AttentionCall, plan: Plan) -> Iterator[None]:
@@ -220,7 +221,7 @@ class Ledger:
 
     def report(self, untouched: Mapping[str, str], state_bytes: int) -> Report:
         """Add the records up; on a GPU this waits for it."""
-        if self._forwards:
+        if self._forwards or any(r.events for r in self._records):
             torch.cuda.synchronize()
         density = [float(r.density) for r in self._records]
         return Report(

@@ -58,7 +58,7 @@ def explain(error: Exception) -> str:
     if _is_out_of_memory(error):
         return "out of memory; try a smaller --height and --width, --dtype bf16, or a machine with more memory."
     if hasattr(error, "format_message"):  # a wrong option, which the command line parser found
-        return error.format_message()  # type: ignore[attr-defined]
+        return error.format_message()
     first = next(iter(str(error).strip().splitlines()), "no message")
     return f"{type(error).__name__}: {first} (--debug shows where)"
 

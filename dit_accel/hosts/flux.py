@@ -116,8 +116,8 @@ def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -
 
     if rotary is None:
         return x
-    rotated: Any = apply_rotary_emb(x, rotary, sequence_dim=1)  # type: ignore[arg-type]
-    return rotated
+    embed: Any = apply_rotary_emb  # its annotation knows one of the two forms it takes
+    return embed(x, rotary, sequence_dim=1)
 
 
 def _dispatch(original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
