@@ -77,6 +77,10 @@ class Attachment:
 
         self._undo.append(undo)
 
+    def placed(self, site: Site) -> bool:
+        """Say whether a stand-in sits at this site."""
+        return site.name in self._placed
+
     def _name_branches(self) -> None:
         """Learn the branch names that a pipeline gives through `cache_context`, by an instance attribute."""
         transformer: Any = self.transformer
@@ -98,6 +102,7 @@ class Attachment:
         """Put everything back, last change first."""
         while self._undo:
             self._undo.pop()()
+        self._placed.clear()
         self._memo.clear()
 
     # -- around one forward ---------------------------------------------------------------------------------------
@@ -210,6 +215,8 @@ def _stand_in(original: Any, attachment: Attachment, site: Site, attention: Call
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not attachment.placed(site):  # restored since, but kept by someone who had read the processors before
+            return original(*args, **kwargs)
         return attention(original, attachment, site, *args, **kwargs)
 
     members = {

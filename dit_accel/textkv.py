@@ -37,10 +37,8 @@ class TextKV:
         self._run: int | None = None
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Free everything that is kept."""
         self._kept.clear()
-        self._refusals.clear()
-        self.reused = self.computed = 0
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +49,8 @@ class TextKV:
         """Return what `make()` returns: the tensors it made at an earlier step if nothing of `origin` has changed."""
         if step.run != self._run:
             self.clear()
-            self._run = step.run
+            self._run, self._refusals = step.run, {}
+            self.reused = self.computed = 0
         key = (site.name, step.branch)
         refusal = _refusal(step, origin)
         kept = self._kept.get(key)
@@ -71,11 +70,11 @@ class TextKV:
         return values
 
     def notes(self) -> list[str]:
-        """Say in plain words what was reused, what is held, and what was not kept and why."""
+        """Say in plain words what the last run reused, what is still held, and what was not kept and why."""
         if not self.reused + self.computed:
             return []
-        held = f"{self.nbytes / 2**20:.1f} MiB held until the next run"
-        lines = [f"text keys and values: {self.computed} computed, {self.reused} reused unchanged, {held}"]
+        held = f", {self.nbytes / 2**20:.1f} MiB held until the next run" if self._kept else ""
+        lines = [f"text keys and values: {self.computed} computed, {self.reused} reused unchanged{held}"]
         return lines + [f"text keys and values not kept: {reason}" for reason in self._refusals]
 
 

@@ -13,7 +13,10 @@ from dit_accel.errors import NonFiniteError
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx"])
+VIDEO = ["wan_two_experts", "wan_per_token_time", "wan_image", "hunyuan_video", "cogvideox_rotary"]
+
+
+@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx", *VIDEO])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_on_every_pair_is_stock_within_rounding(name: str, dtype: torch.dtype) -> None:
     pipe, call = tiny.FAMILIES[name]()

@@ -134,7 +134,7 @@ def test_bytes_are_reported() -> None:
     pipe, call = tiny.wan_image()
     with dense(pipe) as handle:
         tiny.generate(pipe, call)
-        picture, text, width = 5, 512, 24
+        picture, text, width = 5, 512, 32
         expected = LAYERS * BRANCHES * 2 * (picture + text) * width * 4
         report = handle.report()
         assert report.state_bytes == expected
@@ -166,6 +166,7 @@ def test_freed_by_the_next_run_and_by_restore() -> None:
     gc.collect()
     assert all(ref() is None for ref in held[1])
     assert handle.report().state_bytes == 0
+    assert handle.report().notes == ("text keys and values: 4 computed, 4 reused unchanged",)
 
 
 def hooked(pipe: Any) -> None:

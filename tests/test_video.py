@@ -197,6 +197,11 @@ def test_processors_replaced_while_accelerated_are_named() -> None:
         pipe.transformer.fuse_qkv_projections()
         assert torch.equal(tiny.generate(pipe, call), stock)
         assert {row.reason for row in handle.report().rows} == {"its processor was replaced after accelerate()"}
+    calls = handle.report().calls
+    for target in (pipe, twin):  # which puts the stand-ins back that were there when the projections were fused
+        target.transformer.unfuse_qkv_projections()
+    assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
+    assert handle.report().calls == calls
 
 
 def test_context_parallel_models_are_refused() -> None:

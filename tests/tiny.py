@@ -198,7 +198,7 @@ def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     settings: dict[str, Any] = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
-        "attention_head_dim": 12,
+        "attention_head_dim": 16,
         "in_channels": 16,
         "out_channels": 16,
         "text_dim": 32,
@@ -227,7 +227,7 @@ WAN_CALL = {"prompt": "dance monkey", "negative_prompt": "a", "height": 80, "wid
 
 def wan() -> tuple[WanPipeline, dict[str, Any]]:
     torch.manual_seed(0)
-    pipe = WanPipeline(transformer=wan_transformer(), transformer_2=None, **wan_parts())
+    pipe = WanPipeline(transformer=wan_transformer(attention_head_dim=12), transformer_2=None, **wan_parts())
     return pipe, {**WAN_CALL, "max_sequence_length": 16, "output_type": "latent"}
 
 
@@ -253,7 +253,7 @@ def wan_image() -> tuple[WanImageToVideoPipeline, dict[str, Any]]:
         hidden_size=8, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
     )
     pipe = WanImageToVideoPipeline(
-        transformer=wan_transformer(in_channels=36, image_dim=8, added_kv_proj_dim=24),
+        transformer=wan_transformer(in_channels=36, image_dim=8, added_kv_proj_dim=32),
         image_encoder=CLIPVisionModel(vision).eval(),
         image_processor=CLIPImageProcessor(crop_size=32, size=32),
         **wan_parts(),
@@ -283,7 +283,7 @@ def hunyuan_video() -> tuple[HunyuanVideoPipeline, dict[str, Any]]:
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
-        attention_head_dim=10,
+        attention_head_dim=16,
         num_layers=1,
         num_single_layers=1,
         num_refiner_layers=1,
@@ -292,7 +292,7 @@ def hunyuan_video() -> tuple[HunyuanVideoPipeline, dict[str, Any]]:
         guidance_embeds=True,
         text_embed_dim=16,
         pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
+        rope_axes_dim=(4, 6, 6),
         image_condition_type=None,
     )
     vae = AutoencoderKLHunyuanVideo(
