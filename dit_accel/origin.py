@@ -23,8 +23,7 @@ class Origin:
         tensors, unseen = list(self.tensors), self.unseen
         for part in _parts(modules):
             unseen = unseen or _hidden_state(part)
-            tensors += [p for p in part._parameters.values() if p is not None]
-            tensors += [b for b in part._buffers.values() if b is not None]
+            tensors += [t for own in (part._parameters, part._buffers) for t in own.values() if t is not None]
         return Origin(tuple(tensors), unseen)
 
 
@@ -53,8 +52,8 @@ def _version(tensor: torch.Tensor) -> tuple[int, torch.dtype] | None:
 
 def _parts(modules: Sequence[torch.nn.Module | None]) -> Iterator[torch.nn.Module]:
     for module in modules:
-        if module is not None:
-            yield from module.modules()
+        if module is not None:  # most are single layers, and this runs in every cross-attention
+            yield from module.modules() if module._modules else (module,)
 
 
 def _hidden_state(module: torch.nn.Module) -> str:
