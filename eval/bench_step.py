@@ -22,10 +22,8 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from dit_accel import accelerate
 from dit_accel.attend import run
 from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
 from dit_accel.eval.step_cases import CASES, Case, built, tiny
+from dit_accel.eval.step_clock import AttentionClock, StepTime, Stopwatch, extrapolate
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.recipes import resolve
 
@@ -78,83 +76,6 @@ class Row:
     stock_backend: str
     measured_layers: int
     depth: int
-
-
-class Stopwatch:
-    """Time named stretches on a device, in ms: by events on a GPU, which do not make it wait, else by the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Time what runs inside the `with` block."""
-        start = self.mark()
-        yield
-        self.add(name, start)
-
-    def add(self, name: str, start: Any) -> None:
-        """End a stretch that began at `start`."""
-        self._spans[name].append((start, self.mark()))
-
-    def mark(self) -> Any:
-        """Return a point in time."""
-        if not self._cuda:
-            return time.perf_counter() * 1e3
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self) -> dict[str, list[float]]:
-        """Return all stretches so far and forget them; on a GPU this waits for it."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        spans, self._spans = self._spans, defaultdict(list)
-        return {k: [a.elapsed_time(b) if self._cuda else b - a for a, b in pairs] for k, pairs in spans.items()}
-
-
-class AttentionClock(TorchFunctionMode):
-    """Time the attentions over the whole sequence; `kind` is the group of blocks that runs."""
-
-    def __init__(self, watch: Stopwatch, tokens: int) -> None:
-        super().__init__()
-        self.watch, self.tokens, self.kind = watch, tokens, ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
-        if q.shape[-2] != self.tokens or k.shape[-2] != self.tokens:
-            return func(*args, **kwargs)
-        with self.watch.span(f"attention {self.kind}"):
-            return func(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """A step of the full depth and the attention in it, ms; `layer`: one attention of the first kind of block."""
-
-    step: float
-    attention: float = 0.0
-    layer: float = 0.0
-
-
-def extrapolate(spans: dict[str, list[float]], groups: dict[str, int], layers: int) -> StepTime:
-    """Scale measured spans to the full depth.
-
-    `spans`: "forward", each group's name for its blocks, and "attention <group>" where it was timed, in ms.
-    `groups`: real depth by group; `layers`: blocks built of each.
-    """
-    block = {name: statistics.median(spans[name]) for name in groups}
-    attention = {name: statistics.median(spans.get(f"attention {name}", [0.0])) for name in groups}
-    rest = max(0.0, statistics.median(spans["forward"]) - layers * sum(block.values()))
-    return StepTime(
-        step=rest + sum(block[name] * depth for name, depth in groups.items()),
-        attention=sum(attention[name] * depth for name, depth in groups.items()),
-        layer=next(iter(attention.values())),
-    )
 
 
 class Bench:
@@ -218,7 +139,7 @@ class Bench:
             self.forward()
             if index == 0:
                 self.watch.read()
-        return extrapolate(self.watch.read(), dict(self.case.groups), self.case.layers)
+        return extrapolate(self.watch.read(), self.case.groups, self.case.layers)
 
     def timed_stock(self, tokens: int) -> StepTime:
         """Time the stock model, and in it the attentions over all `tokens`."""

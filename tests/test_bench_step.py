@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dit_accel import attend
-from dit_accel.eval import bench_step, step_cases
+from dit_accel.eval import bench_step, step_cases, step_clock
 
 TINY = [step_cases.tiny(case) for case in step_cases.CASES]
 
@@ -67,7 +67,7 @@ def test_extrapolation_by_hand() -> None:
         "attention double": [15.0],
         "attention single": [6.0, 8.0],
     }
-    time = bench_step.extrapolate(spans, {"double": 19, "single": 38}, layers=2)
+    time = step_clock.extrapolate(spans, {"double": 19, "single": 38}, layers=2)
     rest = 104 - 2 * (21 + 13)
     assert time.step == rest + 19 * 21 + 38 * 13
     assert time.attention == 19 * 15 + 38 * 7
