@@ -13,6 +13,9 @@ from dit_accel.errors import NonFiniteError
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+VIDEO = ["wan_two_experts", "wan_per_token_time", "wan_image", "hunyuan_video", "cogvideox_rotary"]
+
+
 def on_gpu(value: object, dtype: torch.dtype) -> object:
     """Tensors, also in lists, to the device; floating ones in `dtype`."""
     if isinstance(value, list):
@@ -22,7 +25,7 @@ def on_gpu(value: object, dtype: torch.dtype) -> object:
     return value.to("cuda", dtype if value.is_floating_point() else None)
 
 
-@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx"])
+@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx", *VIDEO])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_on_every_pair_is_stock_within_rounding(name: str, dtype: torch.dtype) -> None:
     pipe, call = tiny.FAMILIES[name]()
