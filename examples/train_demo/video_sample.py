@@ -118,7 +118,7 @@ def main() -> None:
             for scene, clip in zip(scenes, draw(pipe, scenes, args), strict=True)
         ]
         summaries = [w.result() for w in waiting]
-    np.savez(args.target, **pack(scenes, summaries, args.films))
+    np.savez(args.target, allow_pickle=False, **pack(scenes, summaries, args.films))
     setting = f"{args.height} x {args.width} x {args.frames}, {args.steps} steps, guidance {args.guidance}"
     print(f"{args.target.name}: {len(scenes)} clips, {setting}, {time.time() - start:.0f} s", flush=True)
 

@@ -5,6 +5,7 @@ over time decide the motion.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -104,7 +105,7 @@ def total_turn(clip: np.ndarray, masks: list[np.ndarray], found: Track, step: in
     centre = np.array([(boxes[:, 0] + boxes[:, 2]).mean() / 2, (boxes[:, 1] + boxes[:, 3]).mean() / 2])
     radius = 0.75 * max((boxes[:, 2] - boxes[:, 0]).mean(), (boxes[:, 3] - boxes[:, 1]).mean())
     unrolled = [polar(clip[i], masks[i], centre, radius) for i in found.frames[::step]]
-    return sum(turn_between(a, b) for a, b in zip(unrolled, unrolled[1:], strict=False))
+    return sum(turn_between(a, b) for a, b in pairwise(unrolled))
 
 
 def ground_drift(clip: np.ndarray) -> float:

@@ -29,7 +29,7 @@ from video_vae import latents_of, reconstruction_psnr, set_scaling, train_vae
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of batch: canvas, whole clips or single frames, samples a GPU, those made anew, and how many are kept."""
+    """One sort of batch: canvas, whole clips or single frames, samples a GPU, how many are new and how many kept."""
 
     height: int
     width: int

@@ -22,7 +22,7 @@ from optimizer import Optimizer, is_kernel
 from parallel import Group
 from torch import nn
 from video_model import Shape
-from video_render import Clips, draw_clips, render, whole, window
+from video_render import draw_clips, render, window
 from video_scenes import SceneTable
 
 PATCH = 4  # pixels folded into channels before the first convolution
