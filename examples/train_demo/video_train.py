@@ -187,6 +187,7 @@ def set_up(args: argparse.Namespace, group: Group) -> None:
     # The backward passes of the other two fused attention kernels failed in training.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch._dynamo.config.recompile_limit = 64
     args.work.mkdir(parents=True, exist_ok=True)
     if args.batch:
         for name, stage in STAGES.items():
