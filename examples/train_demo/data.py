@@ -1,7 +1,7 @@
-"""Prepare the training pictures: four drawing styles of the same concepts, rendered on white at 256 px.
+"""Prepare the training pictures: four drawing styles of the same concepts, cut out at 256 px.
 
 Everything comes from npm packages (see README.md for their licences). The result is a folder with one
-lossless WebP a picture and `pairs.json`, which also names the style x concept pairs never trained on. `extras.json`
+lossless WebP with alpha a picture and `pairs.json`, which also names the style x concept pairs never trained on. `extras.json`
 lists pictures of further concepts, which are trained without their names: they teach what a style looks like.
 """
 
@@ -69,10 +69,14 @@ def plain_code(hexcode: str) -> str:
     return hexcode.lower().replace("-fe0f", "")
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    picture = picture.convert("RGBA")
-    canvas = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(canvas, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+def cut_out(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def on_white(cutouts: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 4, H, W] with alpha to [N, 3, H, W] on white."""
+    alpha = cutouts[:, 3:].int()
+    return ((cutouts[:, :3] * alpha + 255 * (255 - alpha) + 127) // 255).byte()
 
 
 class SvgStyle:
@@ -126,7 +130,7 @@ def render_all(records: list[dict], sources: list[SvgStyle | WebpStyle], target:
     for concept, record in enumerate(records):
         for style, source in enumerate(sources):
             name = f"{prefix}{concept:03d}-{style}.webp"
-            on_white(source.render(plain_code(record["hexcode"]))).save(target / name, lossless=True, method=6)
+            cut_out(source.render(plain_code(record["hexcode"]))).save(target / name, lossless=True, method=6)
             rows.append({"concept": concept, "style": style, "file": name})
     return rows
 
@@ -157,14 +161,19 @@ def load_pairs(folder: Path, file: str = "pairs.json") -> list[Pair]:
     ]
 
 
-def load_pictures(pairs: list[Pair]) -> torch.Tensor:
-    """All pictures as uint8 [N, 3, 256, 256]."""
+def load_cutouts(pairs: list[Pair]) -> torch.Tensor:
+    """All pictures with alpha as uint8 [N, 4, 256, 256]."""
 
     def read(pair: Pair) -> np.ndarray:
-        return np.asarray(Image.open(pair.path).convert("RGB"))
+        return np.asarray(Image.open(pair.path).convert("RGBA"))
 
     with ThreadPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(read, pairs)))).permute(0, 3, 1, 2).contiguous()
+
+
+def load_pictures(pairs: list[Pair]) -> torch.Tensor:
+    """All pictures on white as uint8 [N, 3, 256, 256]."""
+    return torch.cat([on_white(load_cutouts(pairs[i : i + 64])) for i in range(0, len(pairs), 64)])
 
 
 def main() -> None:
