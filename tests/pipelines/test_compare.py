@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dit_accel.pipelines.compare import GAIN, Cell, Likeness, difference, psnr, sheet, ssim
+from dit_accel.pipelines.media import Media
 
 
 def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -24,8 +25,9 @@ def test_equal_pictures() -> None:
     a = noise(0)
     assert psnr(a, a) == math.inf
     assert ssim(a, a) == pytest.approx(1, abs=1e-12)
-    assert Likeness.of(a, a) == Likeness(None, pytest.approx(1))
-    assert str(Likeness.of(a, a)) == "equal pictures"
+    alike = Likeness.of(Media.picture(a), Media.picture(a))
+    assert alike.to_dict() == {"psnr": None, "ssim": pytest.approx(1)}
+    assert str(alike) == "equal pictures"
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -40,7 +42,7 @@ def test_ssim_of_flat_pictures_is_the_luminance_term() -> None:
 
 def test_unrelated_noise_is_unlike() -> None:
     assert abs(ssim(noise(0), noise(1))) < 0.05
-    assert str(Likeness.of(noise(0), noise(1))).startswith("PSNR 7.")
+    assert str(Likeness.of(Media.picture(noise(0)), Media.picture(noise(1)))).startswith("PSNR 7.")
 
 
 def test_ssim_of_noisy_ramps_is_what_scikit_image_says() -> None:
@@ -58,14 +60,15 @@ def test_pictures_of_two_sizes_are_refused() -> None:
 
 
 def test_difference_is_amplified_and_clipped() -> None:
-    assert difference(flat(100), flat(110)).getpixel((0, 0)) == (10 * GAIN,) * 3
-    assert difference(flat(0), flat(255)).getpixel((0, 0)) == (255, 255, 255)
+    for a, b, shown in ((100, 110, 10 * GAIN), (0, 255, 255)):
+        pixels = difference(Media.picture(flat(a)), Media.picture(flat(b)))
+        assert pixels.image.getpixel((0, 0)) == (shown,) * 3
 
 
 def test_sheet_shows_every_picture_and_label() -> None:
-    cells = [Cell(flat(value), ["a label that is wider than the picture is"]) for value in (10, 80, 160)]
-    bare = [Cell(cell.image, [""]) for cell in cells]
-    page = np.asarray(sheet([cells, cells]))
+    cells = [Cell(Media.picture(flat(value)), ["a label that is wider than the picture is"]) for value in (10, 80, 160)]
+    bare = [Cell(cell.media, [""]) for cell in cells]
+    page = np.asarray(sheet([cells, cells]).image)
     for value in (10, 80, 160):
         assert (page == value).all(axis=2).sum() >= 2 * 256 * 256  # twice, enlarged to 256 pixels
-    assert (page == 0).all(axis=2).sum() > (np.asarray(sheet([bare, bare])) == 0).all(axis=2).sum()
+    assert (page == 0).all(axis=2).sum() > (np.asarray(sheet([bare, bare]).image) == 0).all(axis=2).sum()

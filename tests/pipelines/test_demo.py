@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dit_accel.pipelines.demo import DENSITIES, SHEET, app
+from dit_accel.pipelines.demo import DENSITIES, app
 
 
 def run(model: Path, out: Path) -> Result:
@@ -23,16 +23,16 @@ def test_demo_writes_pictures_and_says_where(model: Path, tmp_path: Path) -> Non
         "watermelon-fluent-flat-style-stock.png",
         *(f"watermelon-fluent-flat-style-density-{d}.png" for d in DENSITIES),
     }
-    assert {path.name for path in out.iterdir()} == {SHEET, *singles}
+    assert {path.name for path in out.iterdir()} == {"side-by-side.png", *singles}
     assert len({Image.open(out / name).tobytes() for name in singles}) == 3
-    assert str(out / SHEET) in result.stdout
+    assert str(out / "side-by-side.png") in result.stdout
     assert "PSNR" in result.stdout
     assert result.stdout.count("density 0.") >= 2  # a report for each density
     again = run(model, out)
     assert again.exit_code == 0, again.output
 
 
-@pytest.mark.parametrize("name", [SHEET, "watermelon-fluent-flat-style-stock.png"])
+@pytest.mark.parametrize("name", ["side-by-side.png", "watermelon-fluent-flat-style-stock.png"])
 def test_demo_keeps_files_that_it_did_not_make(model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"mine")
     result = run(model, tmp_path)
