@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ COMMENT_LIMIT = 100_000  # a command-line argument holds little more
 TRIAL_SECONDS, READ_SECONDS = 20, 60
 ADVICE = "(reinstall imageio-ffmpeg, unset IMAGEIO_FFMPEG_EXE, or write a .gif or .webp file)"
 # swscale's own choice is BT.601 without saying so, which players show with wrong colours at larger sizes
-_COLOR = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+_COLOR = (
+    "scale=out_color_matrix=bt709:out_range=tv,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
 _QUALITY = ["-crf", "17", "-preset", "medium", "-movflags", "+faststart"]
 Frame = npt.NDArray[np.uint8]
 
@@ -35,29 +39,24 @@ def encode(frames: Iterable[Frame], size: tuple[int, int], fps: float, comment: 
         raise ConfigError(f"mp4: its metadata holds {COMMENT_LIMIT} characters, these are {len(comment)}.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
+        writing = imageio_ffmpeg.write_frames(
+            file,
+            size,
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            macro_block_size=1,  # sizes are even already; ffmpeg's own way out would stretch the picture
+            ffmpeg_log_level="fatal",
+            ffmpeg_timeout=wait,
+            output_params=["-vf", _COLOR, *_QUALITY, "-metadata", f"comment={comment}"],
+        )
         try:
-            writer = imageio_ffmpeg.write_frames(
-                file,
-                size,
-                fps=fps,
-                codec="libx264",
-                quality=None,
-                macro_block_size=1,  # sizes are even already; ffmpeg's own way out would stretch the picture
-                ffmpeg_log_level="fatal",
-                ffmpeg_timeout=wait,
-                output_params=[
-                    *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
-                    *_COLOR,
-                    *_QUALITY,
-                    *("-metadata", f"comment={comment}"),
-                ],
-            )
-            writer.send(None)
             sent = 0
-            for frame in frames:
-                writer.send(np.ascontiguousarray(frame).tobytes())
-                sent += 1
-            writer.close()
+            with closing(writing) as writer:
+                writer.send(None)
+                for frame in frames:
+                    writer.send(np.ascontiguousarray(frame).tobytes())
+                    sent += 1
             if not file.is_file() or imageio_ffmpeg.count_frames_and_secs(file)[0] != sent:
                 raise OSError("it did not write what it was given")
             return file.read_bytes()

@@ -60,15 +60,16 @@ class Result:
 
     def __str__(self) -> str:
         line = f"{self.output}: {self.made.seconds:.2f} s"
-        if self.made.media.is_clip:
-            line += f", {len(self.made.media.frames)} frames at {self.made.media.fps:g} a second"
+        if self.made.media.fps is not None:
+            line += f", frames: {len(self.made.media.frames)} at {self.made.media.fps:g} a second"
         if "stored_size" in self.made_with:
             width, height = self.made_with["stored_size"]
             line += f"; stored as {width}x{height}, the edge repeated, because H.264 takes even sides"
         if self.comparison is None:
             return line
-        other = self.comparison
-        return f"{line}\n{other.sheet}: stock {other.stock.seconds:.2f} s, {other.likeness}"
+        other, alike = self.comparison, self.comparison.likeness
+        worst = f", worst frame {alike.psnr_min:.1f} dB" if alike.psnr_min and len(alike.frame_psnr) > 1 else ""
+        return f"{line}\n{other.sheet}: stock {other.stock.seconds:.2f} s, {alike}{worst}"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import error_of, files
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,21 +31,6 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }
 RECIPE_FILE = "base: grat-b\nname: mine\nradius: 0\n"
-
-
-def error_of(result: Result) -> str:
-    """Return the error line of a failed command, and check its form."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert result.stderr.splitlines()[-1] == lines[0]
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
-    return lines[0]
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # -- good calls ---

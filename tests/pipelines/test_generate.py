@@ -9,7 +9,7 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 
-from dit_accel.errors import ConfigError, NonFiniteError, UnsupportedError
+from dit_accel.errors import ConfigError, NonFiniteError
 from dit_accel.pipelines.arguments import call_arguments, size_unit
 from dit_accel.pipelines.generate import generate, generate_stock
 from dit_accel.pipelines.settings import Settings
