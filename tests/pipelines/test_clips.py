@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ def frames_of(path: Path) -> np.ndarray:
     if path.suffix != ".mp4":
         with Image.open(path) as image:
             return np.stack([_seek(image, i) for i in range(getattr(image, "n_frames", 1))])
-    reader = imageio_ffmpeg.read_frames(path)
-    width, height = next(reader)["size"]  # type: ignore[call-overload]
-    return np.stack([np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in reader])  # type: ignore[arg-type]
+    reader: Iterator[Any] = imageio_ffmpeg.read_frames(path)
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
 
 
 def _seek(image: Image.Image, frame: int) -> np.ndarray:
