@@ -31,6 +31,7 @@ PROMPTS = (
 )
 CLIP_PROMPTS = ("a taco sliding left, noto style",)
 RECIPE, DENSITIES = "draft", (0.5, 0.3)
+CPU_CLIP_STEPS = 10
 SHEET = "side-by-side"
 MARK = "demo"  # in the metadata of what this module wrote, and may therefore write again
 
@@ -45,6 +46,8 @@ class Act:
     prompts: tuple[str, ...]
     settings: Settings
     suffix: str
+    densities: tuple[float, ...] = DENSITIES
+    warm_up: bool = True
 
     @property
     def sheet(self) -> str:
@@ -54,7 +57,7 @@ class Act:
     def names(self, prompt: str) -> list[str]:
         """Return the names of the files of one prompt, stock first."""
         stem = prompt.replace(",", "").replace(" ", "-")
-        return [f"{stem}-{which}{self.suffix}" for which in ("stock", *(f"density-{d}" for d in DENSITIES))]
+        return [f"{stem}-{which}{self.suffix}" for which in ("stock", *(f"density-{d}" for d in self.densities))]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def demo(
     device = choose_device("auto")
     acts = [_pictures(model, device, quick)]
     if clip_model is not None or DEFAULT_CLIP_MODEL in demo_models():
-        acts.append(_clips(clip_model or DEFAULT_CLIP_MODEL, quick))
+        acts.append(_clips(clip_model or DEFAULT_CLIP_MODEL, device, quick))
     out.mkdir(parents=True, exist_ok=True)
     for act in acts:
         for name in (act.sheet, *(name for prompt in act.prompts for name in act.names(prompt))):
@@ -105,13 +108,13 @@ def demo(
 def _perform(act: Act, out: Path, device: torch.device) -> None:
     """Draw, write and print one act."""
     pipe = load(locate(act.model), choose_dtype(None, device), device)
-    shown = [_show(pipe, prompt, act.settings) for prompt in act.prompts]
+    shown = [_show(pipe, prompt, act) for prompt in act.prompts]
     for row in shown:
         for name, media in zip(act.names(row.prompt), row.media(), strict=True):
             _write(media, out / name, {"prompt": row.prompt, **row.stock.settings})
     _write(sheet([row.cells() for row in shown]), out / act.sheet, {"prompts": [row.prompt for row in shown]})
     console = screen()
-    console.print(_table(act.model, shown))
+    console.print(_table(act, shown))
     for report in _last_reports(shown):
         console.print(report)
     print(f"written to: {out.resolve()}\nside by side: {(out / act.sheet).resolve()}")
@@ -124,26 +127,33 @@ def _pictures(model: str, device: torch.device, quick: bool) -> Act:
     return Act(model, PROMPTS[:1] if quick else PROMPTS, settings, ".png")
 
 
-def _clips(model: str, quick: bool) -> Act:
-    """Return the clip, as the model's own defaults ask for it; a GIF, which needs no ffmpeg and plays everywhere."""
-    settings = Settings(steps=4 if quick else None).over(model_defaults(locate(model)))
-    return Act(model, CLIP_PROMPTS, settings, ".gif")
+def _clips(model: str, device: torch.device, quick: bool) -> Act:
+    """Return the clip, as the model's own defaults ask for it; a GIF, which needs no ffmpeg and plays everywhere.
+
+    A CPU takes minutes for each, so there (and with --quick) one of few steps is made beside stock, timed cold.
+    """
+    settings = Settings().over(model_defaults(locate(model)))
+    if device.type != "cpu" and not quick:
+        return Act(model, CLIP_PROMPTS, settings, ".gif")
+    steps = min(settings.steps or CPU_CLIP_STEPS, 4 if quick else CPU_CLIP_STEPS)
+    settings = settings.model_copy(update={"steps": steps})
+    return Act(model, CLIP_PROMPTS, settings, ".gif", densities=DENSITIES[:1], warm_up=False)
 
 
-def _show(pipe: Any, prompt: str, settings: Settings) -> Shown:
+def _show(pipe: Any, prompt: str, act: Act) -> Shown:
     pipe.set_progress_bar_config(desc=f"{prompt}: stock")
-    stock = generate_stock(pipe, prompt, settings=settings, warm_up=True)
+    stock = generate_stock(pipe, prompt, settings=act.settings, warm_up=act.warm_up)
     made = []
-    for density in DENSITIES:
+    for density in act.densities:
         pipe.set_progress_bar_config(desc=f"{prompt}: density {density}")
         asked = {"density": density}
-        made.append(generate(pipe, prompt, recipe=RECIPE, overrides=asked, settings=settings, warm_up=True))
+        made.append(generate(pipe, prompt, recipe=RECIPE, overrides=asked, settings=act.settings, warm_up=act.warm_up))
     return Shown(prompt, stock, made)
 
 
-def _table(model: str, shown: Sequence[Shown]) -> Table:
-    table = Table(title=f"{model}, recipe {RECIPE}, same seed", box=None, padding=(0, 2))
-    for column in ("prompt", "stock", *(f"density {density}" for density in DENSITIES)):
+def _table(act: Act, shown: Sequence[Shown]) -> Table:
+    table = Table(title=f"{act.model}, recipe {RECIPE}, same seed", box=None, padding=(0, 2))
+    for column in ("prompt", "stock", *(f"density {density}" for density in act.densities)):
         table.add_column(column)
     for row in shown:
         made = (f"{m.seconds:.2f} s, {Likeness.of(row.stock.media, m.media)}" for m in row.made)

@@ -21,6 +21,7 @@ from .settings import MOST_FPS
 
 KEY = "dit_accel"
 READ_LIMIT = 256 << 20
+_SAMPLE = 256  # pixels a side of the frames that a GIF's palette is made from
 _EXIF_ASCII = b"ASCII\0\0\0"
 _UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
@@ -137,7 +138,14 @@ def _webp(media: Media, text: str) -> bytes:
 
 
 def _gif(media: Media, text: str) -> bytes:
-    return _saved(media.image, "GIF", comment=text.encode("ascii"), **_animation(media, tick=10))
+    """Encode with one palette for all frames: Pillow's own, made anew for each, flicker and take long."""
+    frames = [frame.convert("RGB") for frame in media.frames]
+    size = (min(frames[0].width, _SAMPLE), min(frames[0].height, _SAMPLE))
+    few = [np.asarray(frame.resize(size, Image.Resampling.NEAREST)) for frame in frames[:: -(-len(frames) // 8)]]
+    palette = Image.fromarray(np.concatenate(few)).quantize(256, Image.Quantize.MEDIANCUT)
+    shown = tuple(frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    animation = _animation(Media(shown, media.fps), tick=10)
+    return _saved(shown[0], "GIF", comment=text.encode("ascii"), **animation)
 
 
 def _mp4(media: Media, text: str) -> bytes:

@@ -53,13 +53,13 @@ def test_demo_makes_a_clip_too(model: Path, clip_model: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     names = {path.name for path in tmp_path.iterdir() if path.suffix == ".gif"}
     stem = "a-taco-sliding-left-noto-style"
-    assert names == {"side-by-side.gif", f"{stem}-stock.gif", *(f"{stem}-density-{d}.gif" for d in DENSITIES)}
+    assert names == {"side-by-side.gif", f"{stem}-stock.gif", f"{stem}-density-{DENSITIES[0]}.gif"}
     for name in names:
         with Image.open(tmp_path / name) as image:
             assert getattr(image, "n_frames", 1) == 5, name
     assert read(tmp_path / f"{stem}-stock.gif")["fps"] == 8
-    assert result.stdout.count("PSNR") >= 2
-    assert result.stdout.count("density 0.") >= 4
+    assert "temporal error" in result.stdout
+    assert result.stdout.count("where sparse") == 3  # two reports of pictures, one of the clip
     assert str(tmp_path / "side-by-side.gif") in result.stdout
     assert run(model, tmp_path, "--clip-model", str(clip_model)).exit_code == 0
 
