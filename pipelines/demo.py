@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,11 +73,15 @@ class Shown:
         """Return stock's picture or clip and the others."""
         return [self.stock.media, *(made.media for made in self.made)]
 
+    @cached_property
+    def likeness(self) -> list[Likeness]:
+        """How alike stock and each of the others are."""
+        return [Likeness.of(self.stock.media, made.media) for made in self.made]
+
     def cells(self) -> list[Cell]:
         """Return the row of the sheet."""
         row = [Cell(self.stock.media, [self.prompt, f"stock, {self.stock.seconds:.2f} s"])]
-        for made in self.made:
-            alike = Likeness.of(self.stock.media, made.media)
+        for made, alike in zip(self.made, self.likeness, strict=True):
             lines = [f"density {made.report.density:.2f}, {made.seconds:.2f} s", str(alike)]
             row.append(Cell(made.media, lines))
         return row
@@ -156,7 +161,7 @@ def _table(act: Act, shown: Sequence[Shown]) -> Table:
     for column in ("prompt", "stock", *(f"density {density}" for density in act.densities)):
         table.add_column(column)
     for row in shown:
-        made = (f"{m.seconds:.2f} s, {Likeness.of(row.stock.media, m.media)}" for m in row.made)
+        made = (f"{m.seconds:.2f} s, {alike}" for m, alike in zip(row.made, row.likeness, strict=True))
         table.add_row(row.prompt, f"{row.stock.seconds:.2f} s", *made)
     return table
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import error_of, files
+from commands import ENVIRONMENT, error_of, files
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,11 +23,6 @@ from dit_accel.pipelines.media import Media
 from dit_accel.pipelines.provenance import read
 
 Draw = Callable[..., Result]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
 RECIPE_FILE = "base: grat-b\nname: mine\nradius: 0\n"
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import error_of, files
+from commands import ENVIRONMENT, error_of, files
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from typer.testing import Result
@@ -160,6 +161,26 @@ def test_odd_sizes_are_padded_and_said(film: Film, tmp_path: Path, monkeypatch: 
     assert (shown["height"], shown["width"], shown["stored_size"]) == (31, 47, [48, 32])
     assert "stored as" not in film(tmp_path / "a.gif").stdout
     assert frames_of(tmp_path / "a.gif").shape == (5, 31, 47, 3)
+
+
+def test_real_process(clip_model: Path, tmp_path: Path) -> None:
+    """What ffmpeg prints goes past the test runner; here nothing of it may reach stdout."""
+    command = [
+        "dit-accel",
+        "generate",
+        "a cat",
+        "--model",
+        str(clip_model),
+        *map(str, SPARSE),
+        "--json",
+        "-o",
+        "-a.mp4",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == "-a.mp4"
+    assert files(tmp_path) == {"-a.mp4"}
+    assert len(frames_of(tmp_path / "-a.mp4")) == 5
 
 
 # -- which model ---
