@@ -61,14 +61,16 @@ class Result:
     def __str__(self) -> str:
         line = f"{self.output}: {self.made.seconds:.2f} s"
         if self.made.media.fps is not None:
-            line += f", frames: {len(self.made.media.frames)} at {self.made.media.fps:g} a second"
+            asked = f" ({self.made_with['frames_asked']} asked)" if "frames_asked" in self.made_with else ""
+            line += f", frames: {len(self.made.media.frames)}{asked} at {self.made.media.fps:g} a second"
         if "stored_size" in self.made_with:
             width, height = self.made_with["stored_size"]
             line += f"; stored as {width}x{height}, the edge repeated, because H.264 takes even sides"
         if self.comparison is None:
             return line
         other, alike = self.comparison, self.comparison.likeness
-        worst = f", worst frame {alike.psnr_min:.1f} dB" if alike.psnr_min and len(alike.frame_psnr) > 1 else ""
+        single = alike.psnr_min is None or len(alike.frame_psnr) == 1
+        worst = "" if single else f", worst frame {alike.psnr_min:.1f} dB"
         return f"{line}\n{other.sheet}: stock {other.stock.seconds:.2f} s, {alike}{worst}"
 
 
@@ -106,7 +108,7 @@ class Job:
         stock = self._draw_stock(pipe, settings) if self.compare else None
         made = self._draw(pipe, recipe, settings)
         made_with = describe(made, model, str(dtype).removeprefix("torch."), device.type)
-        made_with |= self._stored_size(made.media)
+        made_with |= self._unlike_asked(made.media, settings)
         write(made.media, self.output, made_with, self.force)
         comparison = None if stock is None else self._compare(stock, made, made_with)
         return Result(self.output, made, made_with, comparison)
@@ -137,9 +139,13 @@ class Job:
     def _targets(self) -> list[Path]:
         return [self.output, *([compare_path(self.output)] if self.compare else [])]
 
-    def _stored_size(self, media: Media) -> dict[str, Any]:
+    def _unlike_asked(self, media: Media, settings: Settings) -> dict[str, Any]:
+        """Return what file format or pipeline made different from what was asked, to be said and noted."""
         stored = stored_size(self.output, media.image.size)
-        return {} if stored == media.image.size else {"stored_size": stored}
+        unlike: dict[str, Any] = {} if stored == media.image.size else {"stored_size": stored}
+        if settings.frames not in (None, len(media.frames)):  # CogVideoX decodes even numbers of latents to more
+            unlike["frames_asked"] = settings.frames
+        return unlike
 
     def _compare(self, stock: Generation, made: Accelerated, made_with: Mapping[str, Any]) -> Comparison:
         likeness = Likeness.of(stock.media, made.media)

@@ -139,6 +139,16 @@ def test_other_families_and_one_and_many_frames(
     assert frames_of(output).shape == (frames, *size, 3)
 
 
+def test_frames_that_a_pipeline_adds_are_said(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """CogVideoX decodes an even number of latent frames to four each, without the shorter first."""
+    tiny.cogvideox()[0].save_pretrained(tmp_path / "model")
+    small = ("--height", 48, "--width", 32, "--frames", 5, "--text-length", 16, "--steps", 1)
+    result = cli("generate", "dance", "-o", tmp_path / "a.mp4", "--model", tmp_path / "model", *small, *SPARSE)
+    assert "frames: 8 (5 asked) at 16 a second" in result.stdout
+    shown = read(tmp_path / "a.mp4")
+    assert (shown["frames"], shown["frames_asked"], len(frames_of(tmp_path / "a.mp4"))) == (8, 5, 8)
+
+
 def test_one_frame_compared(film: Film, tmp_path: Path) -> None:
     data = json.loads(film(tmp_path / "a.mp4", "--frames", 1, "--compare", "--json").stdout)
     assert data["frames"] == 1
