@@ -88,10 +88,16 @@ class PercentileSelect(Config, frozen=True):
 
 
 class Keeps(Config, frozen=True):
-    """Pairs that are always computed, besides text: own unit, the first frame's keys, the first `sinks` keys."""
+    """Pairs that are always computed, besides text: own unit, the first `sinks` keys, and of videos some frames.
+
+    Of videos: `first_frame` its keys, `own_frame` the keys of the query's frame, `own_place` the keys at the query's
+    row and column in every frame. Units are kept whole, those that span several frames too. Pictures have no frames.
+    """
 
     own: bool = True
     first_frame: bool = False
+    own_frame: bool = False
+    own_place: bool = False
     sinks: Annotated[int, Field(ge=0)] = 0
 
 

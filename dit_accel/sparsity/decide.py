@@ -9,7 +9,7 @@ import torch
 
 from ..config import Keeps, PercentileSelect, Recipe, TopKSelect, TopPSelect, WithinSelect
 from ..layout import TokenLayout
-from . import scores, selectors
+from . import frames, scores, selectors
 from .tiling import Tiling, tiling
 
 
@@ -98,8 +98,12 @@ def keep_mask(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tenso
     mask = torch.zeros(tiling.units, tiling.units, dtype=torch.bool, device=device)
     if keeps.own:
         mask |= torch.eye(tiling.units, dtype=torch.bool, device=device)
-    if keeps.first_frame:
+    if keeps.first_frame and tiling.layout.main.frames > 1:
         mask |= torch.from_numpy(tiling.first_frame).to(device)[None]
+    if keeps.own_frame:
+        mask |= torch.from_numpy(frames.own_frame(tiling)).to(device)
+    if keeps.own_place:
+        mask |= torch.from_numpy(frames.own_place(tiling)).to(device)
     if keeps.sinks:
         mask |= torch.from_numpy(tiling.sink_rank < keeps.sinks).to(device)[None]
     return mask
