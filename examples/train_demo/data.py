@@ -1,8 +1,9 @@
 """Prepare the training pictures: four drawing styles of the same concepts, cut out at 256 px.
 
 Everything comes from npm packages (see README.md for their licences). The result is a folder with one
-lossless WebP with alpha a picture and `pairs.json`, which also names the style x concept pairs never trained on. `extras.json`
-lists pictures of further concepts, which are trained without their names: they teach what a style looks like.
+lossless WebP with alpha a picture and `pairs.json`, which also names the style x concept pairs never trained on.
+`extras.json` lists pictures of further concepts, which are trained without their names: they teach what a style
+looks like.
 """
 
 import argparse
