@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from .attachment import Attachment
-from .call import Site, Stage
+from .call import Site, Stage, Watcher
 from .config import Recipe
 from .engine import Engine
 from .errors import AlreadyAcceleratedError, UnsupportedError
 from .hosts import Family, all_families, family_of
 from .report import Report
+from .sparsity.planner import Planner
 from .step import StepTracker
 
 _LIVE: weakref.WeakKeyDictionary[torch.nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -64,6 +65,24 @@ class Acceleration:
     @stages.setter
     def stages(self, stages: tuple[Stage, ...]) -> None:
         self._engine.stages = tuple(stages)
+
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """What sees each sparse-eligible call after it ran: the call, its plan and its output, none to be changed."""
+        return self._engine.watchers
+
+    @watchers.setter
+    def watchers(self, watchers: tuple[Watcher, ...]) -> None:
+        self._engine.watchers = tuple(watchers)
+
+    @property
+    def planner(self) -> Planner:
+        """What decides which pairs a call computes; another one may be set before a run, such as an oracle."""
+        return self._engine.planner
+
+    @planner.setter
+    def planner(self, planner: Planner) -> None:
+        self._engine.planner = planner
 
     def step(self, index: int, total: int, branch: str | None = None) -> None:
         """Say where your own denoising loop stands, before each transformer call; index counts from 0."""

@@ -1,4 +1,4 @@
-"""The one path of an attention call: stages, plan, kernel per branch, merge, ledger."""
+"""The one path of an attention call: stages, plan, kernel per branch, merge, ledger, watchers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def attend(call: AttentionCall, engine: Engine) -> torch.Tensor:
     plan = engine.planner.plan(call)
     with engine.ledger.timed(call, plan):
         if plan.dense:
-            return call.stock(call.q, call.k, call.v)
-        return run(plan, call.q, call.k, call.v, call.scale, call.key_bias)
+            out = call.stock(call.q, call.k, call.v)
+        else:
+            out = run(plan, call.q, call.k, call.v, call.scale, call.key_bias)
+    for watch in engine.watchers:
+        watch(call, plan, out)
+    return out
 
 
 def run(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .layout import TokenLayout
 from .step import StepInfo
+
+if TYPE_CHECKING:
+    from .sparsity.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,3 +52,4 @@ class AttentionCall:
 
 
 Stage = Callable[[AttentionCall], AttentionCall]
+Watcher = Callable[[AttentionCall, "Plan", torch.Tensor], None]

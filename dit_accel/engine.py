@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .call import Stage
+from .call import Stage, Watcher
 from .config import Recipe
 from .report import Ledger
 from .sparsity.planner import Planner
@@ -10,7 +10,7 @@ from .textkv import TextKV
 
 
 class Engine:
-    """Recipe, planner, ledger, kept text keys and values, and the stages that run before the plan."""
+    """Recipe, planner, ledger, kept text keys and values, the stages before the plan and the watchers after it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -18,6 +18,7 @@ class Engine:
         self.ledger = Ledger(recipe)
         self.text_kv = TextKV()
         self.stages: tuple[Stage, ...] = ()
+        self.watchers: tuple[Watcher, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -53,9 +53,10 @@ def test_everything_travels(installed: tuple[Path, Path]) -> None:
     code = (
         "import dit_accel, importlib, pathlib\n"
         "from dit_accel.sparsity.crossover import table; assert table()\n"
-        "for room in ('kernels.merge', 'pipelines.cli', 'eval.bench_crossover'):\n"
+        "for room in ('kernels.merge', 'pipelines.cli', 'eval.bench_crossover', 'eval.cli'):\n"
         "    importlib.import_module('dit_accel.' + room)\n"
-        "assert (pathlib.Path(dit_accel.__file__).parent / 'py.typed').exists()\n"
+        "home = pathlib.Path(dit_accel.__file__).parent\n"
+        "assert (home / 'py.typed').exists() and (home / 'eval' / 'report.html.j2').exists()\n"
         "print(dit_accel.demo_model('emoji-flux'))"
     )
     model = Path(inside(installed, "python", "-c", code).strip())
@@ -64,7 +65,9 @@ def test_everything_travels(installed: tuple[Path, Path]) -> None:
 
 
 def test_the_command_line_answers(installed: tuple[Path, Path]) -> None:
-    assert "generate" in inside(installed, "dit-accel", "--help")
+    said = inside(installed, "dit-accel", "--help")
+    assert "generate" in said
+    assert "eval" in said  # registered by eval/, which pipelines/ must not know
 
 
 def test_hugging_face_kernels_still_imports(installed: tuple[Path, Path]) -> None:

@@ -1,0 +1,77 @@
+"""The third time axis: steps and densities run here, times what a step of a true-sized model was measured to take.
+
+It needs `benchmarks/results/step_*.json` of `eval/bench_step.py`; without such a file there is no such axis.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dit_accel.errors import ConfigError
+
+from .store import Row
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One measured model: ms of a stock step, and of an accelerated one at each measured density, ascending."""
+
+    name: str
+    device: str
+    stock_ms: float
+    densities: tuple[float, ...]
+    step_ms: tuple[float, ...]
+
+    def seconds(self, row: Row) -> float | None:
+        """Return the modelled seconds of all steps of a row; None where what was left out is not known (caches).
+
+        Each call counts as its share of a step at its density: between measured densities on a straight line, below
+        the least one as that one, above the largest on the line of the last two. Dense calls take stock's time.
+        Decisions cost what those of the benchmark's recipe cost, at every call.
+        """
+        if row.steps is None or row.family in ("cache", "floor", "oracle") or row.error:
+            return None
+        if row.map is None:
+            return row.steps * self.stock_ms / 1e3
+        return sum(float(np.mean([self._step(d) for d in step])) for step in row.map.density) / 1e3
+
+    def _step(self, density: float) -> float:
+        if density >= 1:
+            return self.stock_ms
+        if density <= self.densities[-1] or len(self.densities) == 1:
+            return float(np.interp(density, self.densities, self.step_ms))
+        (d0, d1), (t0, t1) = self.densities[-2:], self.step_ms[-2:]
+        return t1 + (density - d1) * (t1 - t0) / (d1 - d0)
+
+
+def models(folder: Path = RESULTS) -> list[Model]:
+    """Read all measured models of a folder; none where there are no files. Raises ConfigError on a broken one."""
+    files = [file for file in sorted(folder.glob("step_*.json")) if not file.name.startswith("step_tiny_")]
+    return [model for file in files for model in _read(file)]
+
+
+def _read(file: Path) -> list[Model]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        cases = dict.fromkeys(row["case"] for row in data["rows"])
+        return [_model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case]) for case in cases]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: is no result of the step benchmark ({type(error).__name__}: {error}).") from None
+
+
+def _model(case: str, device: str, rows: Sequence[dict[str, float]]) -> Model:
+    points = sorted({float(row["density"]): float(row["step_ms"]) for row in rows}.items())
+    return Model(
+        name=case,
+        device=device,
+        stock_ms=float(rows[0]["stock_step_ms"]),
+        densities=tuple(density for density, _ in points),
+        step_ms=tuple(ms for _, ms in points),
+    )

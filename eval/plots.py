@@ -1,0 +1,121 @@
+"""The figures of a report as SVG and PNG bytes; matplotlib draws into memory, never on a screen."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .store import DensityMap, Row
+from .summary import Standing, pareto
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Cost = Callable[[Standing], float | None]
+_MARKS = {"recipe": "o", "oracle": "*", "steps": "s", "cache": "^", "floor": "x", "reference": "D"}
+
+
+def quality_plot(lines: Sequence[Standing], cost: Cost, label: str) -> bytes | None:
+    """Draw PSNR over a cost with prompt intervals and the Pareto front; None where fewer than two have both.
+
+    Noise floors are horizontal lines: differences that the same weights make by themselves.
+    """
+    shown = [(line, c) for line in lines if "psnr" in line.figures and (c := cost(line)) is not None]
+    shown = [(line, c) for line, c in shown if line.family != "floor"]
+    if len(shown) < 2:
+        return None
+    figure, axes = _figure(7.5, 4.6)
+    for name, group in _curves(shown).items():
+        x, y = [c for _, c in group], [line.figures["psnr"].mean for line, _ in group]
+        axes.errorbar(x, y, _bars(group), label=name, marker=_MARKS[group[0][0].family], capsize=2, linewidth=1)
+    points = [(c, line.figures["psnr"].mean) for line, c in shown if line.family != "oracle"]
+    front = [points[i] for i in pareto(points)]
+    axes.step([c for c, _ in front], [p for _, p in front], where="post", color="0.6", linestyle=":", label="Pareto")
+    for line in lines:
+        if line.family == "floor" and "psnr" in line.figures:
+            axes.axhline(line.figures["psnr"].mean, color="0.3", linestyle="--", linewidth=0.8)
+            axes.annotate(line.candidate, (0.01, line.figures["psnr"].mean), xycoords=("axes fraction", "data"), size=7)
+    axes.set_xlabel(label)
+    axes.set_ylabel("PSNR against the reference, dB")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _saved(figure)
+
+
+def recall_plot(lines: Sequence[Standing]) -> bytes | None:
+    """Draw the share of the true attention mass kept over the density, and the best that the same blocks allow."""
+    shown = [line for line in lines if line.recall is not None and line.density is not None]
+    if not shown:
+        return None
+    figure, axes = _figure(7.5, 4.2)
+    pairs = [(line, line.density) for line in shown if line.density is not None]
+    for i, (name, group) in enumerate(_curves(pairs).items()):
+        x = [density for _, density in group]
+        mark = _MARKS[group[0][0].family]
+        axes.plot(x, [line.recall for line, _ in group], color=f"C{i % 10}", marker=mark, label=name, linewidth=1)
+        best = [(d, line.best_recall) for line, d in group if line.best_recall is not None]
+        axes.plot([d for d, _ in best], [b for _, b in best], color=f"C{i % 10}", linestyle=":", linewidth=1)
+    axes.set_xlabel("density of the calls that ran sparse")
+    axes.set_ylabel("attention mass kept\n(dotted: best choice of the same blocks)")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _saved(figure)
+
+
+def error_plot(rows: Sequence[Row]) -> bytes | None:
+    """Draw the relative output error of the sampled calls, layer by layer."""
+    shown = {row.candidate: row for row in rows if row.samples}
+    if not shown:
+        return None
+    figure, axes = _figure(7.5, 4.2)
+    for row in shown.values():
+        sites = list(dict.fromkeys(sample.site for sample in row.samples))
+        means = [float(np.mean([s.error for s in row.samples if s.site == site])) for site in sites]
+        axes.plot(range(len(sites)), means, marker=".", label=row.candidate, linewidth=1)
+    axes.set_xlabel("attention site, in model order")
+    axes.set_ylabel("relative error of its output")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _saved(figure)
+
+
+def map_plot(shown: DensityMap) -> bytes:
+    """Draw the density step by site, from white (none computed) to dark (dense)."""
+    grid = np.array(shown.density).T
+    figure, axes = _figure(min(1.4 + 0.22 * grid.shape[1], 9), min(0.9 + 0.16 * grid.shape[0], 7))
+    picture = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    axes.set_xlabel("step")
+    axes.set_ylabel("site")
+    figure.colorbar(picture, ax=axes, label="density")
+    return _saved(figure)
+
+
+def _curves(shown: Sequence[tuple[Standing, float]]) -> dict[str, list[tuple[Standing, float]]]:
+    """Join the densities of one recipe, and the settings of one rival, into one curve."""
+    curves: dict[str, list[tuple[Standing, float]]] = {}
+    for line, cost in sorted(shown, key=lambda pair: pair[1]):
+        separator = "@" if line.family in ("recipe", "oracle") else "-"
+        curves.setdefault(line.candidate.rpartition(separator)[0] or line.candidate, []).append((line, cost))
+    return curves
+
+
+def _bars(group: Sequence[tuple[Standing, float]]) -> Any:
+    intervals = [line.figures["psnr"] for line, _ in group]
+    low = [0 if i.low is None else i.mean - i.low for i in intervals]
+    high = [0 if i.high is None else i.high - i.mean for i in intervals]
+    return np.clip([low, high], 0, None)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _saved(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

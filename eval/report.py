@@ -1,0 +1,258 @@
+"""The report of a study: one HTML file with everything inside, and the same table for the terminal and for docs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import ConfigError
+from dit_accel.pipelines.compare import GAIN, difference
+from dit_accel.pipelines.media import Media, encode
+
+from . import plots
+from .metrics import missing
+from .modelled import RESULTS, Model, models
+from .store import Row, Setup, load, open_media
+from .summary import Interval, Standing, standings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TITLES = {
+    "psnr": ("PSNR dB", 2),
+    "ssim": ("SSIM", 4),
+    "ms_ssim": ("MS-SSIM", 4),
+    "flip": ("FLIP", 4),
+    "temporal_error": ("temporal error", 2),
+    "vmaf": ("VMAF", 2),
+}
+
+BRIEF = ("candidate", "density", "overall", "steps", "PSNR", "SSIM", "recall", "seconds")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: its title and what stands in it for each candidate."""
+
+    title: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study read back: its setup, its rows, a line a candidate, and what has to be said beside them."""
+
+    path: Path
+    setup: Setup
+    rows: Sequence[Row]
+    lines: Sequence[Standing]
+    models: Sequence[Model]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path, results: Path = RESULTS) -> Summary:
+        """Read a file of rows and the step benchmark's results, if any. Raises ConfigError."""
+        setup, rows = load(path)
+        if not rows:
+            raise ConfigError(f"{path}: holds no rows.")
+        measured = models(results)
+        notes = [*setup.notes, *missing(any(row.fps is not None for row in rows))]
+        if not measured:
+            notes.append("no modelled times: benchmarks/results holds no step_*.json of eval/bench_step.py")
+        return cls(path, setup, rows, standings(rows, measured), measured, tuple(dict.fromkeys(notes)))
+
+    def columns(self) -> list[Column]:
+        """Return the table, columns without any entry left out."""
+        wall = f"seconds ({self.setup.device})"
+        columns = [
+            Column("candidate", tuple(line.candidate for line in self.lines)),
+            self._column("density", [_number(line.density, 3) for line in self.lines]),
+            self._column("overall", [_number(line.overall_density, 3) for line in self.lines]),
+            self._column("steps", [_number(line.steps, 0) for line in self.lines]),
+            *(self._column(*self._figure(name)) for name in TITLES),
+            self._column("recall", [_number(line.recall, 4) for line in self.lines]),
+            self._column("best recall", [_number(line.best_recall, 4) for line in self.lines]),
+            self._column("output error", [_number(line.error, 4) for line in self.lines]),
+            self._column(wall, [_interval(line.seconds, 2) for line in self.lines]),
+            *(self._column(f"modelled s ({m.name}, {m.device})", self._modelled(m)) for m in self.models),
+            self._column("peak MiB", [_number(_mib(line.peak_bytes), 0) for line in self.lines]),
+        ]
+        return [column for column in columns if any(column.cells)]
+
+    def table(self) -> Table:
+        """Return the table for a terminal, which has no room for all columns."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=f"{self.setup.model}, prompts: {self.prompts}", box=box.SIMPLE)
+        shown = [column for column in self.columns() if column.title.startswith(BRIEF)]
+        for column in shown:
+            left = column is shown[0]
+            table.add_column(column.title, justify="left" if left else "right", no_wrap=left)
+        for cells in zip(*(column.cells for column in shown), strict=True):
+            table.add_row(*cells)
+        return table
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, with the setup and the notes below."""
+        columns = self.columns()
+        lines = [" | ".join(column.title for column in columns), "|".join(["---", *["---:"] * (len(columns) - 1)])]
+        lines += [" | ".join(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
+        said = [self.described, *self.notes, *self.failures]
+        return "\n".join([*(f"| {line} |" for line in lines), "", *(f"* {line}" for line in said), ""])
+
+    @property
+    def prompts(self) -> int:
+        return len({row.prompt for row in self.rows})
+
+    @property
+    def described(self) -> str:
+        """Say in one line what was run."""
+        setup = self.setup
+        settings = ", ".join(f"{k} {v}" for k, v in setup.settings.items() if v is not None)
+        versions = ", ".join(f"{name} {version}" for name, version in setup.versions.items())
+        seeds = sorted({row.seed for row in self.rows})
+        return (
+            f"{setup.model}, {settings}, {setup.dtype} on {setup.device}; {self.prompts} prompts, seeds "
+            f"{', '.join(map(str, seeds))}; of every recipe the first {setup.dense_steps:.0%} of the steps and the "
+            f"first {setup.dense_layers} layers dense; {versions}"
+        )
+
+    @property
+    def failures(self) -> list[str]:
+        """Say which candidates gave nothing, and why."""
+        return [f"{line.candidate}: {why}" for line in self.lines for why in line.failures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the single rows as plain data."""
+        return {
+            "rows": str(self.path),
+            "setup": self.setup.model_dump(mode="json"),
+            "candidates": [line.to_dict() for line in self.lines],
+            "notes": list(self.notes),
+        }
+
+    def _column(self, title: str, cells: Sequence[str]) -> Column:
+        return Column(title, tuple(cells))
+
+    def _figure(self, name: str) -> tuple[str, list[str]]:
+        title, digits = TITLES[name]
+        cells = [_interval(line.figures.get(name), digits) for line in self.lines]
+        if name == "psnr":
+            cells = ["equal" if line.equal else cell for line, cell in zip(self.lines, cells, strict=True)]
+        return title, cells
+
+    def _modelled(self, model: Model) -> list[str]:
+        return [_number(line.modelled.get(model.name), 1) for line in self.lines]
+
+
+def write_report(summary: Summary, output: Path) -> None:
+    """Write the HTML file; one that is there already is replaced as a whole."""
+    half = output.with_name(f".{output.name}.part")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        half.write_text(html(summary), encoding="utf-8")
+        half.replace(output)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def html(summary: Summary) -> str:
+    """Return the report as one HTML page without links to anything outside of it."""
+    import jinja2
+
+    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(
+        source
+    )
+    first = _first_of_each(summary.rows)
+    maps = [(row.candidate, _uri(plots.map_plot(row.map), "svg+xml")) for row in first if row.map is not None]
+    return template.render(
+        summary=summary,
+        columns=summary.columns(),
+        figures=_figures(summary),
+        galleries=_galleries(summary),
+        maps=maps,
+        gain=GAIN,
+    )
+
+
+def _figures(summary: Summary) -> list[tuple[str, str]]:
+    """Return (caption, data URI) of every plot; each time axis has a plot of its own."""
+    lines, device = summary.lines, summary.setup.device
+    found = [
+        ("Quality over the pairs computed", plots.quality_plot(lines, lambda s: s.overall_density, "overall density")),
+        (
+            f"Quality over wall time on {device}",
+            plots.quality_plot(lines, lambda s: s.seconds.mean if s.seconds else None, f"seconds on {device}"),
+        ),
+        *(
+            (
+                f"Quality over modelled time: {model.name} on {model.device}",
+                plots.quality_plot(lines, lambda s, m=model: s.modelled.get(m.name), "modelled seconds of all steps"),
+            )
+            for model in summary.models
+        ),
+        ("Attention mass kept", plots.recall_plot(lines)),
+        ("Output error by layer", plots.error_plot(summary.rows)),
+    ]
+    return [(caption, _uri(drawn, "svg+xml")) for caption, drawn in found if drawn is not None]
+
+
+def _galleries(summary: Summary) -> list[dict[str, Any]]:
+    """Return for each prompt and seed the reference and beside it what each candidate made, with its difference."""
+    out = []
+    for row in (row for row in summary.rows if row.family == "reference"):
+        reference = open_media(summary.path, row)
+        if reference is None:
+            continue
+        same = [r for r in summary.rows if (r.prompt, r.seed) == (row.prompt, row.seed) and r is not row]
+        cards = [card for r in same if (card := _card(summary.path, r, reference)) is not None]
+        out.append({"prompt": row.prompt, "seed": row.seed, "reference": _shown(reference), "cards": cards})
+    return out
+
+
+def _card(path: Path, row: Row, reference: Media) -> dict[str, str] | None:
+    media = open_media(path, row)
+    if media is None or row.figures is None:
+        return None
+    psnr = "equal" if row.figures.psnr is None else f"{row.figures.psnr:.2f} dB"
+    return {
+        "name": row.candidate,
+        "line": f"{psnr}, SSIM {row.figures.ssim:.4f}",
+        "made": _shown(media),
+        "difference": _shown(difference(reference, media)),
+    }
+
+
+def _shown(media: Media) -> str:
+    if media.is_clip:
+        return _uri(encode(media, Path("clip.webp"), ""), "webp")
+    return _uri(encode(media, Path("picture.png"), ""), "png")
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _first_of_each(rows: Sequence[Row]) -> list[Row]:
+    return list({row.candidate: row for row in reversed(rows) if row.error is None}.values())[::-1]
+
+
+def _interval(value: Interval | None, digits: int) -> str:
+    if value is None:
+        return ""
+    if value.low is None or value.high is None:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _mib(value: int | None) -> float | None:
+    return None if value is None else value / (1 << 20)
