@@ -40,9 +40,9 @@ class Attachment:
         self._finite: torch.Tensor | None = None
         self._watched = _NO_STEP
         self._undo: list[Callable[[], None]] = []
+        found = family.find_sites(transformer)
         self.sites = [
-            Site(prefix + site.name, prefix + site.group, site.index, site.module)
-            for site in family.find_sites(transformer)
+            Site(prefix + site.name, prefix + site.group, site.index, site.module, len(found), prefix) for site in found
         ]
         self.blocked = {site.name: reason for site in self.sites if (reason := _cannot_stand_in(site))}
 

@@ -33,7 +33,8 @@ def run(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute a sparse plan, one kernel launch a branch, and merge the branches exactly."""
+    """Compute a sparse plan, one kernel launch a branch, merge the branches exactly, and correct the result."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     results = [
         block_sparse_attention(
             q,
@@ -48,14 +49,18 @@ def run(
             k_order=branch.k_order,
             key_bias=_add(branch.key_bias, key_bias),
             predicate=branch.predicate,
-            scale=scale,
+            scale=factor,
         )
         for branch in plan.branches
     ]
-    if len(results) == 1:
-        return results[0][0]
-    outs, lses = zip(*results, strict=True)
-    return merge_attention(outs, lses)[0]
+    results += [pooled.run(q, factor) for pooled in plan.pooled]
+    out = results[0][0]
+    if len(results) > 1:
+        outs, lses = zip(*results, strict=True)
+        out = merge_attention(outs, lses)[0]
+    for fix in plan.fixes:
+        out = fix.apply(out, q, k, v, factor, key_bias)
+    return out
 
 
 def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

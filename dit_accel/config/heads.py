@@ -1,0 +1,35 @@
+"""Heads that choose among several patterns, each by what it would lose."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Config, Count
+from .order import Order, RasterOrder
+from .score import GeometryScore, Score
+from .select import Select
+
+
+class Option(Config, frozen=True):
+    """One pattern a head may take: an order, a score and a selection of its own."""
+
+    order: Order = RasterOrder()
+    score: Score = GeometryScore()
+    select: Select
+
+
+class HeadChoice(Config, frozen=True):
+    """Each head takes the option that loses least on `rows` sampled exact queries, spread over the grid.
+
+    `loss`: "output" is the mean squared error of the output, over the mean square of the exact one; "mass" the
+    attention left out. `price`: added per computed share of pairs. `limit`: a head whose every option loses more
+    is computed in full.
+    """
+
+    options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=16, strict=False)]
+    rows: Count = 64
+    loss: Literal["output", "mass"] = "output"
+    price: Annotated[float, Field(ge=0, strict=False)] = 0.0
+    limit: Annotated[float, Field(gt=0, strict=False)] | None = None

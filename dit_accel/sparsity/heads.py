@@ -1,0 +1,101 @@
+"""Heads that choose: each takes the option that loses least on sampled exact rows."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import HeadChoice
+from . import rows
+from .cut import Cut, Side
+from .inputs import Inputs
+
+
+def choose(
+    config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs
+) -> tuple[Cut, torch.Tensor, torch.Tensor]:
+    """Return the cut and unit mask in which each head has its own option, and which heads compute nothing.
+
+    Sparse VideoGen, Xi et al. 2025, chooses between two bands by the output's mean squared error on 64 rows at every
+    call; Sparse-vDiT, Chen et al. 2025, among five patterns by error and cost, offline. Both have one form here: the
+    least loss + price x density, over rows spread over the grid. A head of which every option loses more than the
+    limit, or whose losses are not finite, computes everything.
+    """
+    losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
+    computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
+    best = (losses + config.price * computed).argmin(0)
+    unsure = ~torch.isfinite(losses).all(0)
+    if config.limit is not None:
+        unsure |= (losses > config.limit).all(0)
+    best = torch.where(unsure, len(options), best)
+    everything = options[0][0]
+    options = [*options, (everything, torch.ones_like(options[0][1]))]
+    cut = Cut(
+        everything.length,
+        _merge([option.q for option, _ in options], best),
+        _merge([option.k for option, _ in options], best),
+    )
+    mask = _pick([_grown(mask, cut.q.units, cut.k.units) for _, mask in options], best)
+    return cut, mask, ~mask.any(-1).any(-1)
+
+
+def _losses(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> list[torch.Tensor]:
+    """Return what each option loses on the sampled rows, float32 [B, H] each."""
+    sampled = rows.sample(inputs.layout, config.rows, inputs.q.device)
+    values = inputs.v.transpose(1, 2).float()
+    lost = [torch.zeros(values.shape[:2], device=values.device) for _ in options]
+    whole = torch.zeros_like(lost[0])
+    for run, weights in rows.attention(inputs.q, inputs.k, sampled, inputs.scale, inputs.bias):
+        exact = weights @ values
+        whole += exact.square().sum((-1, -2)) if config.loss == "output" else len(run)
+        for total, (cut, mask) in zip(lost, options, strict=True):
+            kept = weights * _visible(cut, mask, run)
+            held = kept.sum(-1, keepdim=True)
+            if config.loss == "mass":
+                total += (1 - held).sum((-1, -2))
+            else:
+                out = kept @ values / held.clamp(min=torch.finfo(held.dtype).tiny)
+                total += (out - exact).square().sum((-1, -2))
+    return [total / whole.clamp(min=torch.finfo(whole.dtype).tiny) for total in lost]
+
+
+def _visible(cut: Cut, mask: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
+    """Spell the rows `run` of a unit mask out over tokens, bool [B|1, H|1, rows, keys]."""
+    query, key = (side.unit_of_token(cut.length)[0, 0] for side in (cut.q, cut.k))  # options lie alike for all heads
+    return mask[:, :, query[run]][..., key]
+
+
+def _density(cut: Cut, mask: torch.Tensor) -> torch.Tensor:
+    """Return the share of all pairs that a unit mask computes, float32 [B|1, H|1]."""
+    queries, keys = cut.q.weights[..., None], cut.k.weights[..., None, :]
+    return (mask * queries * keys).sum((-1, -2)) / cut.length**2
+
+
+def _grown(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    return torch.nn.functional.pad(mask, (0, keys - mask.shape[-1], 0, queries - mask.shape[-2]))
+
+
+def _merge(sides: list[Side], best: torch.Tensor) -> Side:
+    """Return a side that lies, for each batch row and head, as the chosen one does; spare blocks hold no token."""
+    blocks = max(side.owner.shape[-1] for side in sides)
+    block = sides[0].block
+
+    def grown(x: torch.Tensor, length: int, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=value)
+
+    return Side(
+        block=block,
+        units=max(side.units for side in sides),
+        slots=_pick([grown(side.slots, blocks * block, -1) for side in sides], best),
+        owner=_pick([grown(side.owner, blocks, 0) for side in sides], best),
+        tokens=_pick([grown(side.tokens, blocks, 0) for side in sides], best),
+        grid=sides[0].grid,
+    )
+
+
+def _pick(choices: list[torch.Tensor], best: torch.Tensor) -> torch.Tensor:
+    """Take for each batch row and head the tensor [B|1, H|1, ...] that `best` [B, H] names."""
+    shape = (*best.shape, *choices[0].shape[2:])
+    out = choices[0].expand(shape)
+    for i, choice in enumerate(choices[1:], start=1):
+        out = torch.where((best == i).view(*best.shape, *[1] * (len(shape) - 2)), choice, out)
+    return out
