@@ -162,7 +162,7 @@ class Recipe(Config, frozen=True):
     def _settings(self) -> list[str]:
         data = self.model_dump()
         inner = [key for axis in AXES for key in (data[axis] or {}) if key != "kind"]
-        return [*data, *inner, "density"]
+        return sorted({*data, *inner, "density"})
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis}={value!r}" for axis in AXES if (value := getattr(self, axis)) is not None)

@@ -183,15 +183,14 @@ def _slices(tiling: Tiling) -> npt.NDArray[np.float64]:
 def _radial(units: npt.NDArray[np.float64], tiling: Tiling, decay: float, narrow: bool) -> Mask:
     plane = tiling.layout.main.height * tiling.layout.main.width
     frames = units[:, 0].astype(np.int64)
-    out = np.zeros((len(units), len(units)), dtype=bool)
     spans, which = np.unique(units[:, 1:], axis=0, return_inverse=True)
     which = which.reshape(-1)
-    for apart in range(int(frames.max()) + 1):
+    near = np.zeros((int(frames.max()) + 1, len(spans), len(spans)), dtype=bool)
+    for apart in range(len(near)):
         width = _width(apart, plane, tiling.unit, decay, narrow)
         if width is not None:
-            near = _dense_enough(spans, width)
-            out |= near[which[:, None], which] & (np.abs(frames[:, None] - frames) == apart)
-    return out
+            near[apart] = _dense_enough(spans, width)
+    return near[np.abs(frames[:, None] - frames), which[:, None], which]
 
 
 def _width(apart: int, plane: int, unit: int, decay: float, narrow: bool) -> float | None:
