@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from restate import boxes, cell, expect, made, on_grid
 
-from dit_accel.config import Recipe, RadialSelect
+from dit_accel.config import RadialSelect, Recipe
 from dit_accel.layout import Grid, Text, TokenLayout
 from dit_accel.sparsity import shapes
 from dit_accel.sparsity.adjacency import adjacent
-from dit_accel.sparsity.decide import grid_share, tiling_for
+from dit_accel.sparsity.decide import tiling_for
 from dit_accel.sparsity.recipes import resolve
 
 SMALL = {"block_q": 16, "block_k": 16}
@@ -56,9 +56,7 @@ def seen_on_axis(i: int, j: int, length: int, kernel: int, stride: int, dilation
         ((9, 9, 9), (1, 3, 5), (1, 1, 1)),
     ],
 )
-def test_gna(
-    layout: TokenLayout, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> None:
+def test_gna(layout: TokenLayout, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> None:
     recipe = resolve("gna", kernel=kernel, stride=stride, dilation=dilation, **TILES)
     _, plan, *_ = made(recipe, layout)
 
