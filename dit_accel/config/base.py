@@ -23,7 +23,15 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         return " ".join(words)
 
 
-MAIN = ("axes", "picture", "video", "shape", "radius", "p", "density")  # numbers shown bare, also where they are the default
+MAIN = (
+    "axes",
+    "picture",
+    "video",
+    "shape",
+    "radius",
+    "p",
+    "density",
+)  # numbers shown bare, also where they are the default
 
 
 def _short(value: object) -> str:

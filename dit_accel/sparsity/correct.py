@@ -84,7 +84,7 @@ def pooled_mass(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Blend:
 
     Rectified SpaAttn (Liu et al. 2025): pooled queries against pooled picture keys, each counted by its tokens, and the
     text keys one by one. A skipped unit is compensated where the size of its pooled logit exceeds what pooling may
-    have cost it, mean|dq| |k| + |q| mean|dk|; the mass of the others stays with the computed ones. Text rows are exact.
+    have cost it, |mean|dq| k| + |q mean|dk||; the mass of the others stays with the computed ones. Text rows are exact.
     """
     q, k = grid_means(cut.q.without_means(), inputs.q), grid_means(cut.k.without_means(), inputs.k)
     v = grid_means(cut.k.without_means(), inputs.v)
@@ -93,7 +93,7 @@ def pooled_mass(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Blend:
     text = _text_logits(cut.k, q, inputs)
     share = torch.cat([logits, text], -1).softmax(-1)[..., : k.shape[2]]
     spread_q, spread_k = _spread(cut.q, inputs.q, q), _spread(cut.k, inputs.k, k)
-    cost = spread_q @ k.abs().mT + q.abs() @ spread_k.mT
+    cost = (spread_q @ k.mT).abs() + (q @ spread_k.mT).abs()
     skipped = ~mask[..., cut.q.grid[:, None], cut.k.grid]
     stands = share * (skipped & (products.abs() > cost))
     b, h, _, d = q.shape
