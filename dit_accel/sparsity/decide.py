@@ -138,16 +138,49 @@ def grid_share(layout: TokenLayout, density: float) -> float:
 
 @lru_cache(maxsize=256)
 def floor_note(recipe: Recipe, layout: TokenLayout) -> str:
-    """Say in plain words when the asked density cannot be reached on this layout, else ''."""
+    """Say in plain words when the asked density cannot be met on this layout, else ''."""
+    asked = recipe.density
+    if asked is None:
+        return ""
     cells = layout.length - layout.text
     text_share = 1 - (cells / layout.length) ** 2
     least = text_share + _kept_pairs(recipe, layout) / layout.length**2
-    if recipe.density is None or recipe.density >= least:
-        return ""
-    return (
-        f"asked density {recipe.density:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
-        f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
-    )
+    if asked < least:
+        return (
+            f"asked density {asked:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
+            f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
+        )
+    units = _key_units(recipe, layout)
+    if 0.5 / units > 0.2 * asked:
+        return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
+    nearest = _nearest_option(recipe, layout)
+    if nearest is not None and abs((text_share + nearest * (1 - text_share)) / asked - 1) > 0.2:
+        met = text_share + nearest * (1 - text_share)
+        return (
+            f"asked density {asked:g}: the nearest size that the patterns of {recipe.name!r} have here takes {met:.2f}"
+        )
+    return ""
+
+
+def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
+    if isinstance(recipe.order, KMeansOrder):
+        return content.clusters(layout, recipe.order)[1]
+    tiles = tiling_for(recipe if recipe.heads is None else option(recipe, 0), layout)
+    return int(tiles.grid.sum())
+
+
+def _nearest_option(recipe: Recipe, layout: TokenLayout) -> float | None:
+    """Return the share of the grid's pairs that a head's patterns of places take, nearest to the asked one."""
+    if recipe.heads is None or recipe.density is None:
+        return None
+    share = grid_share(layout, recipe.density)
+    shares = []
+    for index in range(len(recipe.heads.options)):
+        here = option(recipe, index)
+        if here.select.geometric and here.select.asked is not None:
+            tiles = tiling_for(here, layout)
+            shares.append(shapes.share_of(shapes.unit_mask(tiles, here.select, share), shapes.sizes(tiles)))
+    return min(shares, key=lambda got: abs(got - share)) if shares else None
 
 
 def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
