@@ -8,7 +8,7 @@ import math
 import pytest
 import tiny
 import torch
-from restate import boxes, cut, expect_groups, fill, made, means, on_grid, weights
+from restate import boxes, cut, expect_groups, fill, made, means, on_grid, top_p, weights
 
 import dit_accel
 from dit_accel.config import Option
@@ -186,6 +186,41 @@ def test_svg_ear_centroids(layout: TokenLayout) -> None:
                         values.append(v[b, group, h].mean(0)[None].double())
                 gold = torch.cat(logits).softmax(0) @ torch.cat(values)
                 torch.testing.assert_close(out[b, i, h].double(), gold, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_svg_ear_spends_its_budget_where_means_err_most(layout: TokenLayout) -> None:
+    """Per query cluster: the tokens that top-p would take, given to clusters by error per token, largest first."""
+    recipe = resolve("svg-ear", p=0.6, least=0.2, queries=4, keys=7, first=3, **SMALL)
+    _, plan, q, k, v = made(recipe, layout, structured=True)
+    grid = torch.tensor(on_grid(layout))
+    sides = (min(4, max(len(grid) // 32, 1)), min(7, max(len(grid) // 16, 1)))
+    moved = 0
+    for b in range(2):
+        for h in range(2):
+            groups = []
+            for x, count in zip((q, k), sides, strict=True):
+                labels = kmeans(x[b, grid, h][None, None], count, 3)[0][0, 0]
+                groups.append([grid[labels == c].tolist() for c in range(count)])
+            queries, keys = groups
+            sizes = [len(group) for group in keys]
+            chosen = set()
+            for r, mean in enumerate(means(q[b, :, h], queries).double()):
+                logits = means(k[b, :, h], keys).double() @ mean / 4
+                share = (logits + torch.tensor(sizes).log()).softmax(0)
+                budget = sum(sizes[c] for c in top_p(share, 0.6, int(0.2 * len(keys))))
+                exps = (k[b, :, h].double() @ mean / 4).exp()
+                errors = []
+                for c, group in enumerate(keys):
+                    exact = (exps[group, None] * v[b, group, h]).sum(0)
+                    pooled = len(group) * logits[c].exp() * v[b, group, h].mean(0)
+                    errors.append(float((exact - pooled).norm() / exps[grid].sum()) / len(group))
+                order = sorted(range(len(keys)), key=lambda c: -errors[c])
+                taken = fill(order, sizes, budget) | {order[0]}
+                moved += taken != set(sorted(range(len(keys)), key=lambda c: -float(logits[c]))[: len(taken)])
+                chosen |= {(r, c) for c in taken}
+            expect_groups(plan.to_mask()[b, h], queries, keys, chosen)
+    assert moved > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

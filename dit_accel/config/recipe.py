@@ -187,7 +187,7 @@ def _at(recipe: Recipe, site: int, sites: int, share: float) -> Recipe:
 def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option: bool = False) -> None:
     if select.kind == "within" and score.kind != "geometry":
         raise ValueError("select 'within' measures distance, so it needs score 'geometry'")
-    if select.kind in ("top-p", "cumulative") and score.kind == "geometry":
+    if select.kind in ("top-p", "cumulative", "error") and score.kind == "geometry":
         raise ValueError(f"select {select.kind!r} adds up shares of a score, so it needs score 'pooled'")
     content = order.kind in ("importance", "kmeans")
     if score.kind == "sampled" and order.kind == "kmeans":

@@ -81,6 +81,18 @@ class CumulativeSelect(Rule, frozen=True):
         return {"kind": "percentile", "density": density}
 
 
+class ErrorSelect(Rule, frozen=True):
+    """As many key tokens of each row as top-p would take, those first whose means would err most per token.
+
+    `p`, `least` and `density` as in top-p. Goes with the correction 'centroids', whose error it looks at.
+    """
+
+    kind: Literal["error"] = "error"
+    p: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.9
+    least: Share = 0.0
+    density: Density | None = None
+
+
 # Rules over places ---------------------------------------------------------------------------------------------
 class NeighborhoodSelect(Rule, frozen=True):
     """A window of `kernel` tokens around each query, moved inside the grid at its borders.
@@ -174,6 +186,7 @@ Select = Annotated[
     | TopPSelect
     | PercentileSelect
     | CumulativeSelect
+    | ErrorSelect
     | NeighborhoodSelect
     | DiskSelect
     | RadialSelect

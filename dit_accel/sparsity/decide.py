@@ -11,6 +11,7 @@ import torch
 
 from ..config import (
     CumulativeSelect,
+    ErrorSelect,
     GilbertOrder,
     ImportanceOrder,
     Keeps,
@@ -26,7 +27,7 @@ from ..config import (
     WithinSelect,
 )
 from ..layout import TokenLayout
-from . import content, heads, selectors, shapes
+from . import content, error, heads, selectors, shapes
 from .adjacency import adjacent
 from .content import Centroids
 from .cut import Cut
@@ -83,8 +84,13 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
         keep = keep & (recipe.select.kind != "none")
         chosen = keep | _places_on(tiles, recipe.select, share, device)
     else:
-        worth = score(Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias), recipe.score)
-        chosen = _select(recipe.select, inputs.layout, cut, worth, keep)
+        scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
+        worth = score(scene, recipe.score)
+        if isinstance(recipe.select, ErrorSelect):
+            asked = None if recipe.select.density is None else grid_share(inputs.layout, recipe.select.density)
+            chosen = error.select(scene, inputs.v, worth, keep, recipe.select.p, recipe.select.least, asked)
+        else:
+            chosen = _select(recipe.select, inputs.layout, cut, worth, keep)
     mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=device)
     mask[..., rows[:, None], cols] = chosen
     return Decision(cut, mask, worth, warm=warm)

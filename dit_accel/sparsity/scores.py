@@ -130,12 +130,12 @@ def grid_weights(side: Side) -> torch.Tensor:
 
 def _block_sums(side: Side, x: torch.Tensor) -> torch.Tensor:
     """Add up the tokens of each block, float32 [B, H, blocks, D]."""
-    picked = _in_slots(side, x).unflatten(2, (-1, side.block))
+    picked = in_slots(side, x).unflatten(2, (-1, side.block))
     hole = (side.slots < 0).unflatten(-1, (-1, side.block))
     return picked.masked_fill(hole[..., None], 0).sum(3, dtype=torch.float32)
 
 
-def _in_slots(side: Side, x: torch.Tensor) -> torch.Tensor:
+def in_slots(side: Side, x: torch.Tensor) -> torch.Tensor:
     """Lay the tokens of [B, S, H, D] into slots, [B, H, slots, D]; a hole repeats the first token."""
     at = side.slots.clamp(min=0).long()
     if side.shared:

@@ -54,6 +54,13 @@ def top_k(
     return taken | _best(ranked) | keep | ~torch.isfinite(score)
 
 
+def within_budget(score: torch.Tensor, keep: torch.Tensor, cols: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """Take in each row the best pairs until they cover its own budget of key tokens, [B, H, rows, 1]."""
+    ranked = _prefer_kept(score, keep)
+    taken = _fill_budget(ranked, cols[..., None, :], budget)
+    return taken | _best(ranked) | keep | ~torch.isfinite(score)
+
+
 def _spread_over_heads(score: torch.Tensor, taken: torch.Tensor, share: float) -> torch.Tensor:
     """Return each head's share, [B, H, 1, 1], the mean of them unchanged."""
     finite = torch.where(torch.isfinite(score), score, 0)
