@@ -93,6 +93,8 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
         ({"base": "svg1", "correct": {"kind": "centroids"}}, "can only be corrected by 'delta'"),
         ({"base": "draft", "correct": {"kind": "delts"}}, "Did you mean 'delta'?"),
         ({"base": "svg1", "heads": {"options": []}}, "at least 1 item"),
+        ({"base": "svg2", "drift": 0.1}, "one order of places"),
+        ({"base": "adaspa", "drift": 0.1}, "name one"),
         (
             {"base": "svg1", "heads": {"options": [{"order": {"kind": "tile"}, "select": {"kind": "band"}}]}},
             "lies in runs",
@@ -140,6 +142,41 @@ def test_two_transformers_share_no_decision() -> None:
     there = replace(call(0, 1), site=replace(here.site, model="transformer_2."))
     assert torch.equal(mask(planner, here), fresh(here))
     assert torch.equal(mask(planner, there), fresh(there))
+
+
+def two(at: int, seeds: tuple[int, int]) -> AttentionCall:
+    """A batch of two samples, each from its own seed."""
+    a, b = call(at, seeds[0]), call(at, seeds[1])
+    return replace(a, **{name: torch.cat([getattr(a, name), getattr(b, name)]) for name in ("q", "k", "v")})
+
+
+def test_drift_decides_again_for_the_sample_that_moved() -> None:
+    planner = Planner(RECIPE.override(drift=0.3))
+    first = mask(planner, two(0, (0, 1)))
+    still = mask(planner, two(1, (0, 1)))
+    assert torch.equal(still, first)
+    moving = mask(planner, two(2, (0, 2)))  # the second sample has moved: measured here, acted on at the next call
+    assert torch.equal(moving, first)
+    after = mask(planner, two(3, (0, 2)))
+    assert torch.equal(after[0], first[0])
+    assert torch.equal(after[1], fresh(call(0, 2))[0])
+    assert torch.equal(mask(planner, two(4, (0, 2))), after)
+
+
+def test_a_sample_drifts_alone_as_in_a_batch() -> None:
+    together, alone = (Planner(RECIPE.override(drift=0.3)) for _ in range(2))
+    for at, (a, b) in enumerate([(0, 1), (0, 2), (0, 2), (3, 2), (3, 2)]):
+        both = mask(together, two(at, (a, b)))
+        assert torch.equal(both[1:], mask(alone, call(at, b)))
+
+
+def test_drift_that_is_not_finite_decides_again() -> None:
+    planner = Planner(RECIPE.override(drift=0.3))
+    mask(planner, call(0, 0))
+    bad = call(1, 0)
+    bad.q[:] = float("nan")
+    mask(planner, bad)
+    assert mask(planner, replace(bad, step=StepInfo(1, 2, 10, "cond"))).all()
 
 
 def test_centroids_are_warm_within_a_run_only() -> None:

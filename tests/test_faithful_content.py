@@ -334,3 +334,41 @@ def test_paro(layout: TokenLayout) -> None:
         taken.add(best[1])
         assert torch.equal(plan.to_mask()[b, h], best[2])
     assert len(taken) > 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("columns", [0.0, 0.4])
+def test_minference(layout: TokenLayout, columns: float) -> None:
+    """Key tiles and displacements that sampled rows attend to most; columns first, then whole displacements."""
+    recipe = resolve("minference", density=0.4, columns=columns, picture=(1, 4, 4), video=(2, 3, 3), **SMALL)
+    _, plan, q, k, _ = made(recipe, layout, structured=True)
+    tile = (1, 4, 4) if layout.main.frames == 1 else (2, 3, 3)
+    groups = boxes(layout, tile)
+    corner = [cell(layout, group[0]) for group in groups]
+    at = [tuple(c[i] // tile[i] for i in range(3)) for c in corner if c is not None]
+    sizes, n = [len(group) for group in groups], len(groups)
+    share = grid_share(layout, 0.4)
+    apart = {(r, c): tuple(b - a for a, b in zip(at[r], at[c], strict=True)) for r in range(n) for c in range(n)}
+    pairs: dict[tuple[int, ...], int] = {}
+    for (r, c), move in apart.items():
+        pairs[move] = pairs.get(move, 0) + sizes[r] * sizes[c]
+    moves = sorted(pairs)
+    for b, h in SAMPLES:
+        column, total, times = torch.zeros(n), dict.fromkeys(moves, 0.0), dict.fromkeys(moves, 0)
+        sampled = rows.sample(layout, 64, torch.device("cpu")).tolist()
+        for token in sampled:
+            exact = weights(q[b, token, h][None], k[b, :, h])[0]
+            r = next(i for i, group in enumerate(groups) if token in group)
+            for c, group in enumerate(groups):
+                held = float(exact[group].sum())
+                column[c] += held / len(sampled)
+                total[apart[r, c]] += held
+                times[apart[r, c]] += 1
+        down = fill(stable(column), sizes, share * columns * sum(sizes)) | {stable(column)[0]}
+        mean = {move: total[move] / max(times[move], 1) for move in moves}
+        ranked = sorted(range(len(moves)), key=lambda i: -mean[moves[i]])
+        left = share - sum(sizes[c] for c in down) / sum(sizes)
+        kept = fill(ranked, [pairs[move] for move in moves], left * sum(sizes) ** 2) | {ranked[0]}
+        along = {moves[i] for i in kept}
+        chosen = {(r, c) for r in range(n) for c in range(n) if c in down or apart[r, c] in along or r == c}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)

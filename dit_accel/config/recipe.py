@@ -54,8 +54,9 @@ class Recipe(Config, frozen=True):
     """One sparse-attention method: a choice on each axis, and when it applies.
 
     `heads`: patterns among which each head chooses; it then replaces order, score and select. `every`: sparse steps
-    between two decisions; `decide_at`: shares of the run at which decisions are made instead. `decide_layers`: the
-    attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
+    between two decisions; `decide_at`: shares of the run at which decisions are made instead; `drift`: a sample decides
+    again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
+    the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
     first steps left dense. `dense_layers`: first layers left dense. `block_q`, `block_k`: largest kernel tile.
     `cases`: other choices for some layers and steps, later ones win. `adaptive`: go dense where the measured table
     says that sparse would be slower (presets). `sources`: the papers.
@@ -71,6 +72,7 @@ class Recipe(Config, frozen=True):
     cases: Annotated[tuple[Case, ...], Field(strict=False)] = ()
     every: Count = 1
     decide_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()
+    drift: Annotated[float, Field(gt=0, le=10, strict=False)] | None = None
     decide_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
     dense_steps: Share = 0.2
     dense_layers: Annotated[int, Field(ge=0)] = 0
@@ -90,6 +92,10 @@ class Recipe(Config, frozen=True):
         else:
             for option in self.heads.options:
                 _check_axes(option.order, option.score, option.select, self.keeps, option=True)
+        if self.drift is not None and (self.heads is not None or self.order.kind in ("importance", "kmeans")):
+            raise ValueError("drift decides again for single samples, so all heads must lie in one order of places")
+        if self.drift is not None and (self.decide_at or self.decide_layers):
+            raise ValueError("drift, decide_at and decide_layers each say when to decide: name one")
         if self.correct is not None and self.correct.kind == "pooled-mass" and self.score.kind != "pooled":
             raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
         if self.heads is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
@@ -115,7 +121,8 @@ class Recipe(Config, frozen=True):
     @property
     def reuses(self) -> bool:
         """Whether decisions are kept for later calls."""
-        return self.content_driven and (self.every > 1 or bool(self.decide_at) or bool(self.decide_layers))
+        later = self.every > 1 or bool(self.decide_at) or bool(self.decide_layers) or self.drift is not None
+        return self.content_driven and later
 
     @property
     def stateful(self) -> bool:
@@ -190,6 +197,8 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
     if select.kind in ("top-p", "cumulative", "error") and score.kind == "geometry":
         raise ValueError(f"select {select.kind!r} adds up shares of a score, so it needs score 'pooled'")
     content = order.kind in ("importance", "kmeans")
+    if select.kind == "lines" and (order.kind != "tile" or score.kind != "sampled"):
+        raise ValueError("select 'lines' follows displacements of tiles, so it needs order 'tile' and score 'sampled'")
     if score.kind == "sampled" and order.kind == "kmeans":
         raise ValueError("score 'sampled' ranks keys alone, so the order cannot be 'kmeans'")
     if content and (select.geometric or score.kind == "geometry"):

@@ -93,6 +93,17 @@ class ErrorSelect(Rule, frozen=True):
     density: Density | None = None
 
 
+class LinesSelect(Rule, frozen=True):
+    """The key tiles and the displacements on the grid that sampled rows attend to most, as many as `density` allows.
+
+    `columns`: the part of that which goes to key tiles that all queries see. Needs tiles and score 'sampled'.
+    """
+
+    kind: Literal["lines"] = "lines"
+    columns: Share = 0.2
+    density: Density = 0.1
+
+
 # Rules over places ---------------------------------------------------------------------------------------------
 class NeighborhoodSelect(Rule, frozen=True):
     """A window of `kernel` tokens around each query, moved inside the grid at its borders.
@@ -187,6 +198,7 @@ Select = Annotated[
     | PercentileSelect
     | CumulativeSelect
     | ErrorSelect
+    | LinesSelect
     | NeighborhoodSelect
     | DiskSelect
     | RadialSelect

@@ -16,10 +16,12 @@ from ..config import (
     ImportanceOrder,
     Keeps,
     KMeansOrder,
+    LinesSelect,
     NeighborhoodSelect,
     PercentileSelect,
     RasterOrder,
     Recipe,
+    SampledScore,
     Select,
     StaticOrder,
     TopKSelect,
@@ -27,7 +29,7 @@ from ..config import (
     WithinSelect,
 )
 from ..layout import TokenLayout
-from . import content, error, heads, selectors, shapes
+from . import content, error, heads, lines, selectors, shapes
 from .adjacency import adjacent
 from .content import Centroids
 from .cut import Cut
@@ -40,12 +42,11 @@ from .tiling import Tiling, tiling
 class Decision:
     """Which unit pairs are computed, bool [B|1, H|1, query units, key units], and how the tokens lie in units.
 
-    `score` over grid units where the recipe has one; `skip_heads` bool [B|1, H]; `warm` for the next decision.
+    `skip_heads` bool [B|1, H]: heads that compute nothing on purpose. `warm`: where the next decision may start.
     """
 
     cut: Cut
     mask: torch.Tensor
-    score: torch.Tensor | None = None
     skip_heads: torch.Tensor | None = None
     warm: Centroids | None = None
 
@@ -78,22 +79,16 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
     keep = torch.zeros(len(rows), len(cols), dtype=torch.bool, device=device)
     if not isinstance(recipe.order, ImportanceOrder | KMeansOrder):
         keep = keep_mask(tiles, recipe.keeps, device)[rows[:, None], cols]
-    worth = None
     if recipe.select.geometric:
         share = None if recipe.select.asked is None else grid_share(inputs.layout, recipe.select.asked)
         keep = keep & (recipe.select.kind != "none")
         chosen = keep | _places_on(tiles, recipe.select, share, device)
     else:
         scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
-        worth = score(scene, recipe.score)
-        if isinstance(recipe.select, ErrorSelect):
-            asked = None if recipe.select.density is None else grid_share(inputs.layout, recipe.select.density)
-            chosen = error.select(scene, inputs.v, worth, keep, recipe.select.p, recipe.select.least, asked)
-        else:
-            chosen = _select(recipe.select, inputs.layout, cut, worth, keep)
+        chosen = _by_score(recipe, scene, inputs, keep)
     mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=device)
     mask[..., rows[:, None], cols] = chosen
-    return Decision(cut, mask, worth, warm=warm)
+    return Decision(cut, mask, warm=warm)
 
 
 @lru_cache(maxsize=256)
@@ -113,6 +108,18 @@ def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Centroids 
     if isinstance(recipe.order, KMeansOrder):
         return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, inputs.warm)
     return tiles.on(inputs.q.device).cut, None
+
+
+def _by_score(recipe: Recipe, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> torch.Tensor:
+    """Run the recipe's score and its selection, bool over grid units."""
+    select = recipe.select
+    share = None if select.asked is None else grid_share(inputs.layout, select.asked)
+    if isinstance(select, LinesSelect) and isinstance(recipe.score, SampledScore):
+        return lines.select(scene, recipe.score.rows, keep, share or 0.0, select.columns)
+    worth = score(scene, recipe.score)
+    if isinstance(select, ErrorSelect):
+        return error.select(scene, inputs.v, worth, keep, select.p, select.least, share)
+    return _select(select, inputs.layout, scene.cut, worth, keep)
 
 
 def _select(select: Select, layout: TokenLayout, cut: Cut, worth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -158,7 +165,8 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
             f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
         )
     units = _key_units(recipe, layout)
-    if 0.5 / units > 0.2 * asked:
+    step = 1.0 if recipe.select.kind == "lines" else 0.5  # half a unit, or a whole line of them
+    if step / units > 0.15 * asked:
         return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
     sizes = _option_sizes(recipe, layout)
     if not sizes:

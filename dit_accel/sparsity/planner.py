@@ -16,6 +16,7 @@ from .correct import Missing, corrected, residual
 from .crossover import slower_reason
 from .cut import Cut
 from .decide import Decision, decide, floor_note, grid_share, tiling_for
+from .drift import Probe, look
 from .exact import exact_plan
 from .inputs import Inputs
 from .plan import PackedPlan, Plan, from_units
@@ -36,10 +37,12 @@ class _Kept:
     plan: PackedPlan | None = None
     warm: Centroids | None = None
     missing: Missing | None = None
+    probe: Probe | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.plan, self.warm, self.missing) if part is not None)
+        parts = (self.plan, self.warm, self.missing, self.probe)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class Planner:
         kept = self._kept.get(key)
         if kept is not None and not self._fits(kept, call):
             kept = None
+        if kept is not None and kept.probe is not None:
+            kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
         if kept is not None and kept.plan is not None and self._still_good(recipe, kept, call):
             return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut, kept.plan.mask())
         inputs = _inputs(call, kept.warm if kept else None)
@@ -170,6 +175,8 @@ class Planner:
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step
+        if recipe.drift is not None:
+            return True
         if recipe.decide_at:
             total = call.step.total or 0
             return not any(kept.step < round(share * total) <= now for share in recipe.decide_at)
@@ -181,8 +188,10 @@ class Planner:
         packed = None
         if recipe.reuses:
             packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
-        shape = tuple(call.q.shape)
-        self._kept[key] = _Kept(call.step.index, call.layout, shape, call.q.device, packed, decision.warm)
+        probe = None if recipe.drift is None else Probe(look(call.layout, call.q, call.k))
+        self._kept[key] = _Kept(
+            call.step.index, call.layout, tuple(call.q.shape), call.q.device, packed, decision.warm, probe=probe
+        )
 
     def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:
         """Raise PlanError when what a call is about to keep, in place of what it kept before, goes over the limit."""
@@ -193,6 +202,24 @@ class Planner:
                 f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB between steps; "
                 "use every=1, larger tiles, another correction or a smaller size."
             )
+
+
+def _followed(recipe: Recipe, kept: _Kept, probe: Probe, call: AttentionCall) -> _Kept:
+    """Decide again for the samples that had moved too far at the call before, and measure all of them anew."""
+    assert recipe.drift is not None
+    assert kept.plan is not None
+    now, stale = look(call.layout, call.q, call.k), probe.stale()
+    if stale:
+        at = torch.tensor(stale, device=call.q.device)
+        bias = call.key_bias if call.key_bias is None or call.key_bias.shape[0] == 1 else call.key_bias[at]
+        inputs = Inputs(call.layout, call.q[at], call.k[at], call.v[at], call.scale, bias)
+        decision = decide(recipe, inputs)
+        fresh = PackedPlan.pack(decision.mask, decision.cut)
+        bits = kept.plan.bits.index_copy(0, at, fresh.bits)
+        probe = Probe(probe.seen.index_copy(0, at, now[at]))
+        kept = replace(kept, plan=replace(kept.plan, bits=bits), probe=probe)
+    probe.measure(now, recipe.drift)
+    return kept
 
 
 def _decider(recipe: Recipe, site: Site) -> str:

@@ -54,6 +54,11 @@ def top_k(
     return taken | _best(ranked) | keep | ~torch.isfinite(score)
 
 
+def fill(score: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor | float) -> torch.Tensor:
+    """Take entries of the last axis, best first, while at least half of each still fits, and the best one always."""
+    return _fill_budget(score, cost, budget) | _best(score)
+
+
 def within_budget(score: torch.Tensor, keep: torch.Tensor, cols: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
     """Take in each row the best pairs until they cover its own budget of key tokens, [B, H, rows, 1]."""
     ranked = _prefer_kept(score, keep)

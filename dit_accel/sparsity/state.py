@@ -6,6 +6,7 @@ from ..config import ImportanceOrder, KMeansOrder, Recipe, ResidualCorrect
 from ..layout import Grid, TokenLayout
 from .content import clusters
 from .decide import option, tiling_for
+from .drift import PROBES
 
 
 def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim: int, itemsize: int = 4) -> int:
@@ -17,6 +18,8 @@ def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim
     total = _of_decisions(recipe, layout, batch, heads, dim)
     if isinstance(recipe.correct, ResidualCorrect):
         total += batch * heads * layout.length * (dim * itemsize + 4)
+    if recipe.drift is not None:
+        total += batch * 2 * heads * dim * itemsize * min(PROBES, layout.main.length)
     return total
 
 

@@ -25,6 +25,7 @@ from ..config import (
     ImportanceOrder,
     Keeps,
     KMeansOrder,
+    LinesSelect,
     MassCorrect,
     MassScore,
     NeighborhoodSelect,
@@ -63,6 +64,7 @@ DFS = "DFSAttn, ICML 2026"
 VDIT = "Sparse-vDiT, Chen et al. 2025, arXiv 2506.03065"
 RECTIFIED = "Rectified SpaAttn, Liu et al. 2025"
 DELTA = "Delta Attention, Willette et al. 2025, arXiv 2505.11254"
+MINFERENCE = "MInference, Jiang et al. 2024, arXiv 2407.02490"
 ZIPVL = "ZipVL, He et al. 2024, arXiv 2410.08584"
 CHANNELS = "Double Sparsity, Yang et al. 2024, arXiv 2408.07092"
 PARO = "PAROAttention, Zhao et al. 2025, arXiv 2506.16054"
@@ -159,6 +161,13 @@ BY_CONTENT = _by_name(
         decide_at=(0.2, 0.6),
         block_q=64,
         sources=(ADASPA,),
+    ),
+    Recipe(
+        name="minference",
+        order=TileOrder(picture=(1, 8, 8), video=(4, 4, 4)),
+        score=SampledScore(),
+        select=LinesSelect(columns=0.2, density=0.1),
+        sources=(MINFERENCE,),
     ),
     Recipe(
         name="zipvl",
