@@ -25,6 +25,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m dit_accel.eval.bench_block_sparse
 	$(BIN)/python -m dit_accel.eval.bench_crossover
+	$(BIN)/python -m dit_accel.eval.bench_step
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -75,13 +75,13 @@ class Acceleration:
             attachment.detach()
             if _LIVE.get(attachment.transformer) is self:
                 del _LIVE[attachment.transformer]
-        self._engine.planner.clear()
+        self._engine.clear()
         self._live = False
 
     def report(self) -> Report:
         """Return what was done in the last run."""
         blocked = {name: why for attachment in self._attachments for name, why in attachment.blocked.items()}
-        return self._engine.ledger.report(blocked, self._engine.planner.nbytes)
+        return self._engine.ledger.report(blocked, self._engine.nbytes, self._engine.text_kv.notes())
 
     def __enter__(self) -> Acceleration:
         return self

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -18,8 +19,10 @@ from .hosts import Family, LayoutUnknownError
 from .hosts.family import bind
 from .hosts.generic import attention as intercepted_attention
 from .layout import TokenLayout
+from .origin import Origin
 from .step import StepInfo, StepTracker
 
+_PARALLEL = "context parallelism is on"
 _NO_STEP = StepInfo(run=0, index=None, total=None, branch="0", reason="called outside the transformer's forward")
 
 
@@ -34,40 +37,50 @@ class Attachment:
         self.engine = engine
         self.step = _NO_STEP
         self.layout: TokenLayout | None = None
+        self.prompt: Origin | None = None
         self._tracker = tracker
         self._layout_reason = _NO_STEP.reason
         self._memo: dict[str, Any] = {}
         self._finite: torch.Tensor | None = None
         self._watched = _NO_STEP
         self._undo: list[Callable[[], None]] = []
-        found = family.find_sites(transformer)
-        self.sites = [
-            Site(prefix + site.name, prefix + site.group, site.index, site.module, len(found), prefix) for site in found
-        ]
+        self._placed: dict[str, Any] = {}
+        self.sites = _named(prefix, family.find_sites(transformer))
+        self._cross_sites = _named(prefix, family.find_cross_sites(transformer))
         self.blocked = {site.name: reason for site in self.sites if (reason := _cannot_stand_in(site))}
 
     # -- attach and undo ------------------------------------------------------------------------------------------
     def attach(self) -> None:
         """Put the stand-ins and hooks in place; all of them sit on instances."""
+        own = self.family.attention
         for site in self.sites:
             if site.name not in self.blocked:
-                self._replace_processor(site)
+                known = self.family.knows(site.module.processor)
+                self._replace_processor(site, own if own and known else intercepted_attention)
+        for site in self._cross_sites:
+            assert self.family.cross is not None
+            self._replace_processor(site, self.family.cross.attention)
         before = self.transformer.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
         after = self.transformer.register_forward_hook(_Hook(self._leave), always_call=True)
         self._undo += [before.remove, after.remove]
         if hasattr(self.transformer, "cache_context"):
             self._name_branches()
 
-    def _replace_processor(self, site: Site) -> None:
+    def _replace_processor(self, site: Site, attention: Callable[..., Any]) -> None:
         original = site.module.processor
-        replacement = _stand_in(original, self, site)
+        replacement = _stand_in(original, self, site, attention)
         site.module.processor = replacement
+        self._placed[site.name] = replacement
 
         def undo() -> None:
             if site.module.processor is replacement:  # else the user has put another one there: it stays
                 site.module.processor = original
 
         self._undo.append(undo)
+
+    def placed(self, site: Site) -> bool:
+        """Say whether a stand-in sits at this site."""
+        return site.name in self._placed
 
     def _name_branches(self) -> None:
         """Learn the branch names that a pipeline gives through `cache_context`, by an instance attribute."""
@@ -90,6 +103,7 @@ class Attachment:
         """Put everything back, last change first."""
         while self._undo:
             self._undo.pop()()
+        self._placed.clear()
         self._memo.clear()
 
     # -- around one forward ---------------------------------------------------------------------------------------
@@ -101,13 +115,17 @@ class Attachment:
             self.layout, self._layout_reason = self.family.geometry(module, arguments, self._memo), ""
         except LayoutUnknownError as error:
             self.layout, self._layout_reason = None, str(error)
+        self.prompt = self.family.cross.prompt(module, arguments) if self.family.cross else None
         latents = arguments.get("hidden_states")
         self.engine.ledger.begin_forward(self.step, self.layout, _device(latents))
+        for site in self.sites:
+            if self._placed.get(site.name, site.module.processor) is not site.module.processor:
+                self.engine.ledger.note_dense(site, self.step, "its processor was replaced after accelerate()")
         self._watch(latents)
 
     def _leave(self, *_: Any) -> None:
         self.engine.ledger.end_forward()
-        self.step, self.layout, self._layout_reason = _NO_STEP, None, _NO_STEP.reason
+        self.step, self.layout, self._layout_reason, self.prompt = _NO_STEP, None, _NO_STEP.reason, None
 
     def _watch(self, latents: Any) -> None:
         """Check the latents for NaN and Inf; on a GPU the answer is read at the next call, to not wait for it."""
@@ -136,10 +154,10 @@ class Attachment:
         """
         if self.layout is None:
             return self._layout_reason
+        if getattr(site.module.processor, "_parallel_config", None) is not None:
+            return _PARALLEL
         if length is not None and length != self.layout.length:
             return f"a sequence of {length} tokens is not the layout's {self.layout.length}"
-        if getattr(site.module.processor, "_parallel_config", None) is not None:
-            return "context parallelism is on"
         if torch.is_grad_enabled() and x.requires_grad:
             return "gradients are asked for"
         return self.engine.planner.dense_reason(site, self.step, self.layout, x)
@@ -184,19 +202,25 @@ class _NamedContext:
         return MethodType(type(copied).cache_context, copied)
 
 
-def _stand_in(original: Any, attachment: Attachment, site: Site) -> Any:
+def _named(prefix: str, sites: list[Site]) -> list[Site]:
+    return [
+        replace(site, name=prefix + site.name, group=prefix + site.group, count=len(sites), model=prefix)
+        for site in sites
+    ]
+
+
+def _stand_in(original: Any, attachment: Attachment, site: Site, attention: Callable[..., Any]) -> Any:
     """Make a processor of a one-off subclass that shares the original's attributes and calls the engine.
 
     Sharing `__dict__` keeps what the user sets meanwhile (`_attention_backend`, `_parallel_config`). The signature
     is kept because attention modules drop keyword arguments that a processor does not name.
     """
     cls = type(original)
-    family = attachment.family
-    known = cls.__name__ in family.processors and cls.__module__.startswith("diffusers.")
-    attention = family.attention if known and family.attention else intercepted_attention
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not attachment.placed(site):  # restored since, but kept by someone who had read the processors before
+            return original(*args, **kwargs)
         return attention(original, attachment, site, *args, **kwargs)
 
     members = {
@@ -213,7 +237,7 @@ def _stand_in(original: Any, attachment: Attachment, site: Site) -> Any:
 def _cannot_stand_in(site: Site) -> str:
     if isinstance(site.module.processor, torch.nn.Module):
         return f"its processor {type(site.module.processor).__name__} has weights of its own"
-    return ""
+    return "" if getattr(site.module.processor, "_parallel_config", None) is None else _PARALLEL
 
 
 def _device(value: Any) -> torch.device:

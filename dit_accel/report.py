@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -219,7 +219,7 @@ class Ledger:
     ) -> None:
         self._records.append(_Record(site.group, step.index, kind, reason, kernel, pairs, density, events))
 
-    def report(self, untouched: Mapping[str, str], state_bytes: int) -> Report:
+    def report(self, untouched: Mapping[str, str], state_bytes: int, notes: Sequence[str] = ()) -> Report:
         """Add the records up; on a GPU this waits for it."""
         if self._forwards or any(r.events for r in self._records):
             torch.cuda.synchronize()
@@ -233,7 +233,7 @@ class Ledger:
             steps=len({r.step for r in self._records}),
             layout=", ".join(self._layouts) or "unknown",
             rows=tuple(_rows(self._records, density)),
-            notes=tuple(self._notes),
+            notes=(*self._notes, *notes),
             untouched=dict(untouched),
             state_bytes=state_bytes,
             attention_share=self._attention_share(),

@@ -92,7 +92,8 @@ class StepTracker:
         # Schedulers without a counter (DDIM): find the timestep. One host read a step, on those schedulers only.
         if timestep is None:
             return begin
-        value = timestep.reshape(-1)[0].to(timesteps.device, torch.float64)
+        # Where each token has its own (Wan 2.2 5B), tokens of a given picture stand at 0: the largest is the step's.
+        value = timestep.max().to(timesteps.device, torch.float64)
         return int((timesteps.to(torch.float64) - value).abs().argmin())
 
 

@@ -43,7 +43,7 @@ def recipe_row(recipe: Recipe) -> dict[str, Any]:
 def recipe_table() -> Table:
     """Return the recipes as a table."""
     table = _table("name", "order", "score", "select", "correct", "every", "dense steps", "source")
-    table.columns[-1].no_wrap = True
+    table.columns[0].no_wrap = table.columns[-1].no_wrap = True
     for row in recipe_rows():
         _add(
             table,

@@ -13,18 +13,24 @@ from dit_accel.errors import NonFiniteError
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx"])
+VIDEO = ["wan_two_experts", "wan_per_token_time", "wan_image", "hunyuan_video", "cogvideox_rotary"]
+
+
+def on_gpu(value: object, dtype: torch.dtype) -> object:
+    """Tensors, also in lists, to the device; floating ones in `dtype`."""
+    if isinstance(value, list):
+        return [on_gpu(item, dtype) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to("cuda", dtype if value.is_floating_point() else None)
+
+
+@pytest.mark.parametrize("name", ["flux", "kontext", "qwen_image", "z_image", "ltx", *VIDEO])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_on_every_pair_is_stock_within_rounding(name: str, dtype: torch.dtype) -> None:
     pipe, call = tiny.FAMILIES[name]()
     pipe.to("cuda", dtype)
-    call = {
-        k: v.to("cuda", dtype) if k.endswith("embeds") and isinstance(v, torch.Tensor) else v for k, v in call.items()
-    }
-    call = {
-        k: [w.to("cuda", dtype) for w in v] if k.endswith("embeds") and isinstance(v, list) else v
-        for k, v in call.items()
-    }
+    call = {k: on_gpu(v, dtype) for k, v in call.items()}
     stock = tiny.generate(pipe, call)
     with dit_accel.accelerate(pipe, test_hosts.FULL) as handle:
         ours = tiny.generate(pipe, call)

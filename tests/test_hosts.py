@@ -23,18 +23,25 @@ LAYOUTS = {
     "kontext": "16 text + 1x8x8 + 1x16x16 reference",
     "sd3": "1x26x22 + 93 text",
     "wan": "3x5x3",
-    "hunyuan_video": "3x10x6 + 16 text",
-    "cogvideox": "16 text + 3x10x6",
+    "wan_two_experts": "3x5x3",
+    "wan_per_token_time": "3x5x3",
+    "wan_image": "3x5x3",
+    "wan_image_per_token_time": "3x5x3",
+    "hunyuan_video": "3x11x7 + 3 text + 13 pad",
+    "cogvideox": "16 text + 3x11x7",
+    "cogvideox_rotary": "16 text + 3x11x7",
     "qwen_image": "8 text + 1x13x9",
     "ltx": "3x8x16",
     "pixart": "1x20x12",
     "z_image": "1x18x14 + 4 pad + 32 text",
 }
-BATCHED_GUIDANCE = {"sd3", "cogvideox", "ltx", "pixart", "z_image"}
+BATCHED_GUIDANCE = {"sd3", "cogvideox", "cogvideox_rotary", "ltx", "pixart", "z_image"}
 
 
 def batched(call: dict[str, Any], n: int) -> dict[str, Any]:
-    """Ask for n samples: by a list of prompts, or by a number where the call carries embeddings."""
+    """Ask for n samples: by a list of prompts, by embeddings for each, or by a number where the pipeline wants that."""
+    if "image" in call and "prompt_embeds" in call:
+        return {**call, **{key: call[key].repeat(n, 1, 1) for key in call if key.endswith("_embeds")}}
     if "prompt" not in call:
         return {**call, "num_images_per_prompt": n}
     return {**call, **{key: [call[key]] * n for key in ("prompt", "negative_prompt") if key in call}}
@@ -130,7 +137,7 @@ def test_step_sigma_and_branch_are_known_at_every_call(name: str) -> None:
     branches = {a.step.branch for a in seen}
     sequential = name not in BATCHED_GUIDANCE and name != "hunyuan_video"
     assert len(branches) == (2 if sequential else 1), branches
-    if name not in ("cogvideox", "pixart"):  # DDIM has no sigmas
+    if name not in ("cogvideox", "cogvideox_rotary", "pixart"):  # DDIM has no sigmas
         sigmas = [a.step.sigma for a in seen[:first]]
         assert None not in sigmas
         assert sigmas == sorted(sigmas, reverse=True)  # type: ignore[type-var]

@@ -13,12 +13,16 @@ import test_planner
 import test_recipes
 import test_report
 import test_restore
+import test_textkv
+import test_video
 import tiny
 import torch
 
 from dit_accel import api, attend
-from dit_accel.hosts import generic
+from dit_accel.hosts import cogvideox, generic, hunyuan_video, own, wan
+from dit_accel.origin import Origin, Unchanged
 from dit_accel.sparsity import decide, plan, planner, scores, selectors
+from dit_accel.textkv import TextKV
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 Detector = Callable[[], None]
@@ -117,9 +121,50 @@ def call_is_not_changed_by_stages(patch: pytest.MonkeyPatch) -> None:
         finally:
             engine.stages = stages
 
-    from dit_accel.hosts import flux
+    patch.setattr(own, "attend", without_stages)
 
-    patch.setattr(flux, "attend", without_stages)
+
+def stale_text_keys(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Unchanged, "holds_for", lambda self, tensors: len(tensors) == len(self._marks))
+
+
+def text_keys_forget_the_branch(patch: pytest.MonkeyPatch) -> None:
+    original = TextKV.get
+
+    def one_branch(self: TextKV, site: Any, step: Any, *rest: Any) -> Any:
+        return original(self, site, replace(step, branch="0"), *rest)
+
+    patch.setattr(TextKV, "get", one_branch)
+
+
+def text_keys_survive_the_run(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TextKV, "clear", lambda self: None)
+
+
+def writes_to_weights_go_unseen(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Origin, "through", lambda self, *modules: self)
+
+
+def picture_tokens_dropped(patch: pytest.MonkeyPatch) -> None:
+    original = wan._text_kv
+    patch.setattr(wan, "_text_kv", lambda attn, words: original(attn, words)[:2])
+
+
+def padded_text_attended(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(hunyuan_video, "key_bias", lambda mask, keys: (None, ""))
+
+
+def text_length_of_another_prompt(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(hunyuan_video, "_valid", lambda mask, memo: 2)
+
+
+def text_turned_with_the_video(patch: pytest.MonkeyPatch) -> None:
+    original = cogvideox._rotate
+
+    def shifted(x: torch.Tensor, words: int, rotary: Any) -> torch.Tensor:
+        return original(x.roll(words, 1), words, rotary).roll(-words, 1)
+
+    patch.setattr(cogvideox, "_rotate", shifted)
 
 
 LAYOUT = test_recipes.LAYOUTS[0]
@@ -143,12 +188,32 @@ MUTANTS: list[tuple[Mutation, Detector]] = [
     (nan_is_ignored, lambda: test_recipes.test_undecidable_tokens_are_computed_in_full(float("nan"))),
     (batch_shares_the_first_plan, lambda: test_hosts.test_batch_item_equals_itself_alone("flux")),
     (sparse_counted_as_dense, test_report.test_figures_add_up),
-    (forgotten_processor, lambda: test_restore.test_three_pipelines_restored_in_every_order((0, 1, 2))),
+    (
+        forgotten_processor,
+        lambda: test_restore.test_three_pipelines_restored_in_every_order((0, 1, 2), test_restore.three),
+    ),
     (call_is_not_changed_by_stages, test_report.test_stages_run_before_the_plan),
+    (stale_text_keys, lambda: test_textkv.test_a_prompt_changed_in_the_middle_is_seen("written to")),
+    (stale_text_keys, lambda: test_textkv.test_a_prompt_changed_in_the_middle_is_seen("another tensor")),
+    (text_keys_forget_the_branch, lambda: test_textkv.test_reused_keys_give_stock_bit_for_bit("wan")),
+    (text_keys_survive_the_run, test_textkv.test_freed_by_the_next_run_and_by_restore),
+    (writes_to_weights_go_unseen, lambda: test_textkv.test_weights_changed_in_the_middle_are_seen("to_k")),
+    (picture_tokens_dropped, lambda: test_textkv.test_reused_keys_give_stock_bit_for_bit("wan_image")),
+    (padded_text_attended, test_video.test_prompts_of_different_lengths_in_one_batch),
+    (
+        text_length_of_another_prompt,
+        lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("hunyuan_video"),
+    ),
+    (
+        text_turned_with_the_video,
+        lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("cogvideox_rotary"),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("mutation", "detector"), MUTANTS, ids=[m.__name__ for m, _ in MUTANTS])
+@pytest.mark.parametrize(
+    ("mutation", "detector"), MUTANTS, ids=[f"{i}-{m.__name__}" for i, (m, _) in enumerate(MUTANTS)]
+)
 def test_the_fault_is_caught(mutation: Mutation, detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     detector()
     mutation(monkeypatch)

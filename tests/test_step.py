@@ -105,6 +105,15 @@ def test_a_pipeline_that_is_gone_is_noticed() -> None:
     assert tracker.observe(MODEL, None).index is None
 
 
+def test_timesteps_of_their_own_for_each_token() -> None:
+    """Wan 2.2 5B: the tokens of a given first frame stand at 0, all others at the step's timestep."""
+    pipe = Pipe(scheduler=DDIMScheduler())
+    tracker = StepTracker(pipe)
+    pipe.scheduler.set_timesteps(4)
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    assert [tracker.observe(MODEL, mask * t).index for t in pipe.scheduler.timesteps] == [0, 1, 2, 3]
+
+
 def test_own_loop_starts_a_new_run_when_the_index_falls_back() -> None:
     tracker = StepTracker(None)
     runs = []

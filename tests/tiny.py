@@ -1,4 +1,4 @@
-"""Tiny random pipelines of eight families, built offline; they prove plumbing, not pictures."""
+"""Tiny random pipelines of all families, built offline; they prove plumbing, not pictures."""
 
 from __future__ import annotations
 
@@ -30,17 +30,22 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -141,8 +146,6 @@ def flux(seed: int = 0) -> tuple[FluxPipeline, dict[str, Any]]:
 
 
 def kontext() -> tuple[FluxKontextPipeline, dict[str, Any]]:
-    from PIL import Image
-
     pipe = FluxKontextPipeline(**flux()[0].components)
     picture = Image.effect_noise((32, 32), 64).convert("RGB")
     sizes = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False}
@@ -191,33 +194,87 @@ def sd3() -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
     }
 
 
-def wan() -> tuple[WanPipeline, dict[str, Any]]:
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+def wan_transformer(**changes: Any) -> WanTransformer3DModel:
+    settings: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**{**settings, **changes})
+
+
+def wan_parts() -> dict[str, Any]:
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    pipe = WanPipeline(
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=t5(),
-        tokenizer=word_tokenizer(),
-        transformer_2=None,
+    return {
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "text_encoder": t5(),
+        "tokenizer": word_tokenizer(),
+    }
+
+
+WAN_CALL = {"prompt": "dance monkey", "negative_prompt": "a", "height": 80, "width": 48, "num_frames": 9}
+
+
+def wan() -> tuple[WanPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    pipe = WanPipeline(transformer=wan_transformer(attention_head_dim=12), transformer_2=None, **wan_parts())
+    return pipe, {**WAN_CALL, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def wan_two_experts() -> tuple[WanPipeline, dict[str, Any]]:
+    """Wan 2.2 14B: the second transformer takes over at low noise, after the first of two steps."""
+    torch.manual_seed(0)
+    experts = {"transformer": wan_transformer(), "transformer_2": wan_transformer()}
+    pipe = WanPipeline(**experts, boundary_ratio=0.9, **wan_parts())
+    return pipe, {**WAN_CALL, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def wan_per_token_time() -> tuple[WanPipeline, dict[str, Any]]:
+    """Wan 2.2 5B: a timestep for each token."""
+    torch.manual_seed(0)
+    pipe = WanPipeline(transformer=wan_transformer(), expand_timesteps=True, **wan_parts())
+    return pipe, {**WAN_CALL, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def wan_image() -> tuple[WanImageToVideoPipeline, dict[str, Any]]:
+    """Wan 2.1 image to video: picture tokens in cross-attention; the processor expects 512 text tokens."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=8, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
     )
-    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 80, "width": 48, "num_frames": 9}
-    return pipe, {**call, "max_sequence_length": 16, "output_type": "latent"}
+    pipe = WanImageToVideoPipeline(
+        transformer=wan_transformer(in_channels=36, image_dim=8, added_kv_proj_dim=32),
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(crop_size=32, size=32),
+        **wan_parts(),
+    )
+    return pipe, wan_image_call(512)
+
+
+def wan_image_per_token_time() -> tuple[WanImageToVideoPipeline, dict[str, Any]]:
+    """Wan 2.2 5B image to video: the first latent frame is the picture and stands at time 0."""
+    torch.manual_seed(0)
+    pipe = WanImageToVideoPipeline(transformer=wan_transformer(), expand_timesteps=True, **wan_parts())
+    return pipe, wan_image_call(16)
+
+
+def wan_image_call(words: int) -> dict[str, Any]:
+    """The image-to-video pipeline cleans prompts with a package that is not required: hand it embeddings."""
+    given = torch.Generator().manual_seed(1)
+    text = torch.randn(2, 1, words, 32, generator=given)
+    pixels = torch.randint(256, (80, 48, 3), generator=given, dtype=torch.uint8)
+    call = {"image": Image.fromarray(pixels.numpy()), "prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
+    return {**call, "height": 80, "width": 48, "num_frames": 9, "output_type": "latent"}
 
 
 def hunyuan_video() -> tuple[HunyuanVideoPipeline, dict[str, Any]]:
@@ -226,16 +283,16 @@ def hunyuan_video() -> tuple[HunyuanVideoPipeline, dict[str, Any]]:
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
-        attention_head_dim=10,
+        attention_head_dim=16,
         num_layers=1,
         num_single_layers=1,
         num_refiner_layers=1,
-        patch_size=1,
+        patch_size=2,
         patch_size_t=1,
         guidance_embeds=True,
         text_embed_dim=16,
         pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
+        rope_axes_dim=(4, 6, 6),
         image_condition_type=None,
     )
     vae = AutoencoderKLHunyuanVideo(
@@ -266,18 +323,19 @@ def hunyuan_video() -> tuple[HunyuanVideoPipeline, dict[str, Any]]:
         tokenizer_2=clip_tokenizer(),
     )
     call = {"prompt": "dance monkey", "prompt_template": {"template": "{}", "crop_start": 0}}
-    sizes = {"height": 80, "width": 48, "num_frames": 9, "max_sequence_length": 16}
+    sizes = {"height": 176, "width": 112, "num_frames": 9, "max_sequence_length": 16}
     return pipe, {**call, **sizes, "output_type": "latent"}
 
 
-def cogvideox() -> tuple[CogVideoXPipeline, dict[str, Any]]:
+def cogvideox(rotary: bool = False) -> tuple[CogVideoXPipeline, dict[str, Any]]:
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
         in_channels=4,
         out_channels=4,
         time_embed_dim=2,
+        use_rotary_positional_embeddings=rotary,
         text_embed_dim=32,
         num_layers=1,
         sample_width=12,
@@ -301,8 +359,13 @@ def cogvideox() -> tuple[CogVideoXPipeline, dict[str, Any]]:
         transformer=transformer,
         scheduler=DDIMScheduler(),
     )
-    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 160, "width": 96, "num_frames": 9}
+    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 176, "width": 112, "num_frames": 9}
     return pipe, {**call, "max_sequence_length": 16, "output_type": "latent"}
+
+
+def cogvideox_rotary() -> tuple[CogVideoXPipeline, dict[str, Any]]:
+    """CogVideoX 5B turns its video tokens; 2B adds positions instead."""
+    return cogvideox(rotary=True)
 
 
 def qwen_image() -> tuple[QwenImagePipeline, dict[str, Any]]:
@@ -447,8 +510,18 @@ def z_image() -> tuple[ZImagePipeline, dict[str, Any]]:
     return pipe, {**call, "output_type": "latent"}
 
 
+VIDEO = (
+    wan,
+    wan_two_experts,
+    wan_per_token_time,
+    wan_image,
+    wan_image_per_token_time,
+    hunyuan_video,
+    cogvideox,
+    cogvideox_rotary,
+)
 FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    f.__name__: f for f in (flux, kontext, sd3, wan, hunyuan_video, cogvideox, qwen_image, ltx, pixart, z_image)
+    f.__name__: f for f in (flux, kontext, sd3, *VIDEO, qwen_image, ltx, pixart, z_image)
 }
 
 

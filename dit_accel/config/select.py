@@ -162,7 +162,7 @@ class RadialSelect(Rule, frozen=True):
 
 
 class BandSelect(Rule, frozen=True):
-    """A band around the diagonal of the order, as wide as `density` allows; `sinks` first tokens are seen by all."""
+    """A band around the diagonal of the order, as wide as `density` allows."""
 
     geometric: ClassVar[bool] = True
     kind: Literal["band"] = "band"
@@ -211,13 +211,21 @@ Select = Annotated[
 
 
 class Keeps(Config, frozen=True):
-    """Pairs that are always computed, besides text.
+    """Pairs that are always computed, besides text: own unit, the first `sinks` keys, and of videos some frames.
 
-    Own unit (where queries and keys lie in one order), the first frame's keys, the first `sinks` keys, and with
-    `adjacent` all units that touch one's own on the grid.
+    Own unit where queries and keys lie in one order. Of videos: `first_frame` its keys, `own_frame` the keys of the
+    query's frame, `own_place` the keys at the query's row and column in every frame. `adjacent`: all units that touch
+    one's own on the grid. Units are kept whole, those that span several frames too. Pictures have no frames.
     """
 
     own: bool = True
     first_frame: bool = False
+    own_frame: bool = False
+    own_place: bool = False
     sinks: Annotated[int, Field(ge=0)] = 0
     adjacent: bool = False
+
+    @property
+    def by_place(self) -> bool:
+        """Whether something is kept for its place on the grid, which moved keys have lost."""
+        return bool(self.first_frame or self.own_frame or self.own_place or self.sinks or self.adjacent)

@@ -5,7 +5,6 @@ Token orders are those of diffusers 0.42; a call whose length does not match wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,67 +12,17 @@ import torch
 from ..layout import Grid, Pad, Segment, Text, TokenLayout
 from .family import Family, LayoutUnknownError
 from .flux import geometry as flux_geometry
+from .geometry import Arguments, picture, text
 
-Arguments = Mapping[str, Any]
 _Z_IMAGE_MULTIPLE = 32  # Z-Image rounds the picture and the caption up to this many tokens each
 
 
-def _latents(arguments: Arguments, rank: int) -> tuple[int, ...]:
-    """Return the shape of the latents, which must have `rank` dimensions."""
-    x = arguments.get("hidden_states")
-    if not isinstance(x, torch.Tensor) or x.ndim != rank:
-        raise LayoutUnknownError(f"hidden_states is no tensor of {rank} dimensions")
-    return tuple(x.shape)
-
-
-def _text(arguments: Arguments) -> list[Segment]:
-    text = arguments.get("encoder_hidden_states")
-    if not isinstance(text, torch.Tensor):
-        raise LayoutUnknownError("the call carries no encoder_hidden_states")
-    return [Text(text.shape[1])] if text.shape[1] else []
-
-
-def _patch(transformer: torch.nn.Module) -> tuple[int, int, int]:
-    config: Any = transformer.config
-    size = config.patch_size
-    if isinstance(size, (tuple, list)):
-        return (int(size[0]), int(size[1]), int(size[2]))
-    return (int(getattr(config, "patch_size_t", None) or 1), int(size), int(size))
-
-
-def _picture(transformer: torch.nn.Module, arguments: Arguments) -> Grid:
-    _, _, height, width = _latents(arguments, 4)
-    _, ph, pw = _patch(transformer)
-    return Grid(1, height // ph, width // pw)
-
-
-def _video(transformer: torch.nn.Module, arguments: Arguments) -> Grid:
-    _, _, frames, height, width = _latents(arguments, 5)
-    pt, ph, pw = _patch(transformer)
-    return Grid(frames // pt, height // ph, width // pw)
-
-
 def _picture_then_text(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
-    return TokenLayout([_picture(transformer, arguments), *_text(arguments)])
+    return TokenLayout([picture(transformer, arguments), *text(arguments)])
 
 
 def _picture_alone(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
-    return TokenLayout([_picture(transformer, arguments)])
-
-
-def _video_then_text(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
-    return TokenLayout([_video(transformer, arguments), *_text(arguments)])
-
-
-def _video_alone(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
-    return TokenLayout([_video(transformer, arguments)])
-
-
-def _cogvideox(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
-    shape = _latents(arguments, 5)
-    frames, height, width = shape[1], shape[3], shape[4]
-    pt, ph, pw = _patch(transformer)
-    return TokenLayout([*_text(arguments), Grid(-(-frames // pt), height // ph, width // pw)])
+    return TokenLayout([picture(transformer, arguments)])
 
 
 def _ltx(_: torch.nn.Module, arguments: Arguments, __: dict[str, Any]) -> TokenLayout:
@@ -91,7 +40,7 @@ def _qwen_image(_: torch.nn.Module, arguments: Arguments, __: dict[str, Any]) ->
     if any(sample != samples[0] for sample in samples):
         raise LayoutUnknownError("the samples of the batch have different sizes")
     grids = [Grid(*(int(n) for n in s), role="reference" if i else "main") for i, s in enumerate(samples[0])]
-    return TokenLayout([*_text(arguments), *grids])
+    return TokenLayout([*text(arguments), *grids])
 
 
 def _z_image(_: torch.nn.Module, arguments: Arguments, __: dict[str, Any]) -> TokenLayout:
@@ -116,13 +65,5 @@ FAMILIES: tuple[Family, ...] = (
     Family("z-image", ("ZImageTransformer2DModel",), r"(layers)\.\d+\.attention", _z_image),
     Family("pixart", ("PixArtTransformer2DModel",), _BLOCKS + "1", _picture_alone),
     Family("chroma", ("ChromaTransformer2DModel",), r"((?:single_)?transformer_blocks)\.\d+\.attn", flux_geometry),
-    Family(
-        "hunyuan-video",
-        ("HunyuanVideoTransformer3DModel",),
-        r"((?:single_)?transformer_blocks)\.\d+\.attn",
-        _video_then_text,
-    ),
-    Family("cogvideox", ("CogVideoXTransformer3DModel",), _BLOCKS + "1", _cogvideox),
     Family("ltx-video", ("LTXVideoTransformer3DModel",), _BLOCKS + "1", _ltx),
-    Family("wan", ("WanTransformer3DModel",), r"(blocks)\.\d+\.attn1", _video_alone),
 )

@@ -14,6 +14,7 @@ import torch
 from ..call import Site
 from ..engine import Engine
 from ..layout import TokenLayout
+from ..origin import Origin
 from ..step import StepInfo
 
 
@@ -22,16 +23,32 @@ class LayoutUnknownError(Exception):
 
 
 class Host(Protocol):
-    """What a host's attention function may ask of the transformer it sits in (see `attachment.Attachment`)."""
+    """What a host's attention function may ask of the transformer it sits in (see `attachment.Attachment`).
+
+    `prompt` is what the call's text keys and values are computed from, where the family has cross-attentions.
+    """
 
     engine: Engine
     step: StepInfo
     layout: TokenLayout | None
+    prompt: Origin | None
 
     def dense_reason(self, site: Site, x: torch.Tensor, length: int | None = None) -> str: ...
 
 
 Geometry = Callable[[torch.nn.Module, Mapping[str, Any], dict[str, Any]], TokenLayout]
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The cross-attentions of a family: always dense, not among its sites, their text keys and values kept.
+
+    `sites`: a pattern of module paths. `prompt(transformer, arguments)` names what the text is computed from.
+    """
+
+    sites: str
+    attention: Callable[..., Any]
+    prompt: Callable[[torch.nn.Module, Mapping[str, Any]], Origin]
 
 
 @dataclass(frozen=True)
@@ -50,16 +67,30 @@ class Family:
     geometry: Geometry
     processors: tuple[str, ...] = ()
     attention: Callable[..., Any] | None = None
+    cross: CrossAttention | None = None
 
     def find_sites(self, transformer: torch.nn.Module) -> list[Site]:
         """List the attention modules the recipe may speak for, in the order the model runs them."""
-        pattern = re.compile(self.sites)
-        found = []
-        for name, module in transformer.named_modules():
-            match = pattern.fullmatch(name)
-            if match and hasattr(module, "processor"):
-                found.append(Site(name, match.group(1), len(found), module))
-        return found
+        return _matching(transformer, self.sites)
+
+    def find_cross_sites(self, transformer: torch.nn.Module) -> list[Site]:
+        """List the cross-attentions whose processors are known."""
+        found = _matching(transformer, self.cross.sites) if self.cross else []
+        return [site for site in found if self.knows(site.module.processor)]
+
+    def knows(self, processor: Any) -> bool:
+        """Say whether a processor is one that this family computes itself, and not a user's own of the same name."""
+        cls = type(processor)
+        return cls.__name__ in self.processors and cls.__module__.startswith("diffusers.")
+
+
+def _matching(transformer: torch.nn.Module, sites: str) -> list[Site]:
+    pattern, found = re.compile(sites), []
+    for name, module in transformer.named_modules():
+        match = pattern.fullmatch(name)
+        if match and hasattr(module, "processor"):
+            found.append(Site(name, match.group(1), len(found), module))
+    return found
 
 
 def bind(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..attend import attend
-from ..call import AttentionCall, Site
+from ..call import Site
 from ..layout import Grid, Segment, Text, TokenLayout
 from .family import Family, Host, LayoutUnknownError
+from .own import dispatch, projected, rotate_pairs, run_dense, run_sparse
 
 
 def geometry(_: torch.nn.Module, arguments: Mapping[str, Any], memo: dict[str, Any]) -> TokenLayout:
@@ -68,25 +68,9 @@ def attention(
     if not reason and attention_mask is not None:
         reason = "the call carries an attention mask"
     if reason:
-        with host.engine.ledger.timed_dense(site, host.step, hidden_states.device, reason):
-            return stock()
-    q, k, v = _joint_qkv(attn, hidden_states, encoder_hidden_states)
-    rotate = partial(_rotate, rotary=image_rotary_emb)
-    assert host.layout is not None
-    call = AttentionCall(
-        site=site,
-        step=host.step,
-        layout=host.layout,
-        q=rotate(q),
-        k=rotate(k),
-        v=v,
-        scale=q.shape[-1] ** -0.5,
-        stock=partial(_dispatch, original),
-        q_raw=q,
-        k_raw=k,
-        rotate=rotate,
-    )
-    out = attend(call, host.engine).flatten(2, 3).to(q.dtype)
+        return run_dense(host, site, hidden_states, reason, stock)
+    qkv = _joint_qkv(attn, hidden_states, encoder_hidden_states)
+    out = run_sparse(host, site, qkv, partial(rotate_pairs, rotary=image_rotary_emb), partial(dispatch, original))
     return out if encoder_hidden_states is None else _project_out(attn, out, text)
 
 
@@ -95,10 +79,7 @@ def _joint_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Project and normalise, text before picture, each [B, S, H, D]; fused projections are honoured."""
     fused = getattr(attn, "fused_projections", False)
-    q, k, v = (
-        attn.to_qkv(picture).chunk(3, -1) if fused else (attn.to_q(picture), attn.to_k(picture), attn.to_v(picture))
-    )
-    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
+    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected(attn, picture, fused))
     q, k = attn.norm_q(q), attn.norm_k(k)
     if text is None or attn.added_kv_proj_dim is None:
         return q, k, v
@@ -109,24 +90,6 @@ def _joint_qkv(
     tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
     tq, tk = attn.norm_added_q(tq), attn.norm_added_k(tk)
     return torch.cat([tq, q], 1), torch.cat([tk, k], 1), torch.cat([tv, v], 1)
-
-
-def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    if rotary is None:
-        return x
-    embed: Any = apply_rotary_emb  # its annotation knows one of the two forms it takes
-    return embed(x, rotary, sequence_dim=1)
-
-
-def _dispatch(original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense attention through whatever backend the user has set on the processor."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    return dispatch_attention_fn(
-        q, k, v, backend=original._attention_backend, parallel_config=original._parallel_config
-    )
 
 
 def _project_out(attn: Any, out: torch.Tensor, text: int) -> Any:

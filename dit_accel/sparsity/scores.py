@@ -60,7 +60,7 @@ def distance(tiling: Tiling, shape: str, device: torch.device) -> torch.Tensor:
     if shape == "window":
         return delta.amax(-1)
     axes = [axis for axis, extent in enumerate(tiling.layout.main.shape) if extent > 1] or [2]
-    return delta[..., axes].amin(-1)
+    return torch.stack([delta[..., axis] for axis in axes], -1).amin(-1)  # a list as index would wait for the device
 
 
 def geometry(tiling: Tiling, config: GeometryScore, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""Prepare the training pictures: four drawing styles of the same concepts, rendered on white at 256 px.
+"""Prepare the training pictures: four drawing styles of the same concepts, cut out at 256 px.
 
 Everything comes from npm packages (see README.md for their licences). The result is a folder with one
-lossless WebP a picture and `pairs.json`, which also names the style x concept pairs never trained on.
+lossless WebP with alpha a picture and `pairs.json`, which also names the style x concept pairs never trained on.
+`extras.json` lists pictures of further concepts, which are trained without their names: they teach what a style
+looks like.
 """
 
 import argparse
@@ -21,6 +23,9 @@ from PIL import Image
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 SIZE = 256
 HELD_OUT_SHARE = 0.08
+EXTRA_CONCEPTS = 350
+EXTRA_GROUPS = (0, 1, 3, 4, 5, 6, 7)  # all but skin tones, signs and flags
+UNNAMED = "<unk>"  # the tokenizers' unknown word
 SHOWN = ("taco",)  # the example of the documentation must be drawn well, so all its styles are trained
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -65,10 +70,14 @@ def plain_code(hexcode: str) -> str:
     return hexcode.lower().replace("-fe0f", "")
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    picture = picture.convert("RGBA")
-    canvas = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(canvas, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+def cut_out(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def on_white(cutouts: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 4, H, W] with alpha to [N, 3, H, W] on white."""
+    alpha = cutouts[:, 3:].int()
+    return ((cutouts[:, :3] * alpha + 255 * (255 - alpha) + 127) // 255).byte()
 
 
 class SvgStyle:
@@ -108,46 +117,64 @@ def choose_held_out(labels: list[str], seed: int = 0) -> dict[int, int]:
     return {concept: i % len(STYLES) for i, concept in enumerate(chosen) if labels[concept] not in SHOWN}
 
 
+def choose_extras(records: list[dict], labels: list[str], sources: list[SvgStyle | WebpStyle]) -> list[dict]:
+    """Other concepts that exist in all styles, at random."""
+    known = set.intersection(*(set(source.names) for source in sources))
+    fit = [r for r in records if r.get("group") in EXTRA_GROUPS and r["label"] not in labels]
+    fit = [r for r in fit if plain_code(r["hexcode"]) in known]
+    return random.Random(0).sample(fit, EXTRA_CONCEPTS)
+
+
+def render_all(records: list[dict], sources: list[SvgStyle | WebpStyle], target: Path, prefix: str) -> list[dict]:
+    """Write every concept in every style; a row each."""
+    rows = []
+    for concept, record in enumerate(records):
+        for style, source in enumerate(sources):
+            name = f"{prefix}{concept:03d}-{style}.webp"
+            cut_out(source.render(plain_code(record["hexcode"]))).save(target / name, lossless=True, method=6)
+            rows.append({"concept": concept, "style": style, "file": name})
+    return rows
+
+
 def prepare(target: Path, cache: Path, labels: list[str]) -> None:
     records = json.loads((fetch(PACKAGES["labels"], cache) / "en" / "data.json").read_text())
     by_label = {r["label"]: r for r in records}
     sources = [(WebpStyle if style == "fluent 3d" else SvgStyle)(fetch(PACKAGES[style], cache)) for style in STYLES]
     held_out = choose_held_out(labels)
-    pairs = []
-    for concept, label in enumerate(labels):
-        record = by_label[label]
-        for style, source in enumerate(sources):
-            name = f"{concept:03d}-{style}.webp"
-            target.mkdir(parents=True, exist_ok=True)
-            on_white(source.render(plain_code(record["hexcode"]))).save(target / name, lossless=True, method=6)
-            pairs.append(
-                {
-                    "concept": concept,
-                    "label": label.lower().replace("\u2019", ""),
-                    "tags": [t.lower() for t in record.get("tags", [])],
-                    "style": style,
-                    "held_out": held_out.get(concept) == style,
-                    "file": name,
-                }
-            )
+    target.mkdir(parents=True, exist_ok=True)
+    pairs = render_all([by_label[label] for label in labels], sources, target, "")
+    for row in pairs:
+        label = labels[row["concept"]]
+        row["label"] = label.lower().replace("\u2019", "")
+        row["tags"] = [t.lower() for t in by_label[label].get("tags", [])]
+        row["held_out"] = held_out.get(row["concept"]) == row["style"]
+    extras = render_all(choose_extras(records, labels, sources), sources, target, "extra-")
+    for row in extras:
+        row |= {"label": UNNAMED, "tags": [], "held_out": False}
     (target / "pairs.json").write_text(json.dumps(pairs, indent=0, ensure_ascii=False))
+    (target / "extras.json").write_text(json.dumps(extras, indent=0))
 
 
-def load_pairs(folder: Path) -> list[Pair]:
-    rows = json.loads((folder / "pairs.json").read_text())
+def load_pairs(folder: Path, file: str = "pairs.json") -> list[Pair]:
+    rows = json.loads((folder / file).read_text())
     return [
         Pair(r["concept"], r["label"], tuple(r["tags"]), r["style"], r["held_out"], folder / r["file"]) for r in rows
     ]
 
 
-def load_pictures(pairs: list[Pair]) -> torch.Tensor:
-    """All pictures as uint8 [N, 3, 256, 256]."""
+def load_cutouts(pairs: list[Pair]) -> torch.Tensor:
+    """All pictures with alpha as uint8 [N, 4, 256, 256]."""
 
     def read(pair: Pair) -> np.ndarray:
-        return np.asarray(Image.open(pair.path).convert("RGB"))
+        return np.asarray(Image.open(pair.path).convert("RGBA"))
 
     with ThreadPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(read, pairs)))).permute(0, 3, 1, 2).contiguous()
+
+
+def load_pictures(pairs: list[Pair]) -> torch.Tensor:
+    """All pictures on white as uint8 [N, 3, 256, 256]."""
+    return torch.cat([on_white(load_cutouts(pairs[i : i + 64])) for i in range(0, len(pairs), 64)])
 
 
 def main() -> None:
@@ -157,8 +184,8 @@ def main() -> None:
     parser.add_argument("--concepts", type=Path, default=Path(__file__).with_name("concepts.txt"))
     args = parser.parse_args()
     prepare(args.target, args.cache, args.concepts.read_text().split("\n")[:-1])
-    pairs = load_pairs(args.target)
-    print(f"{len(pairs)} pictures, {sum(p.held_out for p in pairs)} held out")
+    pairs, extras = load_pairs(args.target), load_pairs(args.target, "extras.json")
+    print(f"{len(pairs)} pictures, {sum(p.held_out for p in pairs)} held out; {len(extras)} unnamed")
 
 
 if __name__ == "__main__":

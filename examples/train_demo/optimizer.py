@@ -1,10 +1,11 @@
-"""Muon for the blocks' matrices and AdamW for the rest, over flat buffers.
+"""Muon for the matrices and AdamW for the rest, over flat buffers.
 
 All parameters live in one buffer of working weights (bf16 on a GPU) with fp32 masters, one gradient buffer
-(so that one all-reduce serves all) and one buffer of averaged weights. The blocks' matrices come first,
-grouped by shape, so that a view of the buffer is the batch Muon works on.
+(so that one all-reduce serves all) and one buffer of averaged weights. The matrices (of a transformer's blocks,
+or a VAE's kernels) come first, grouped by shape, so that a view of the buffer is the batch Muon works on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -39,14 +40,26 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     """The matrices Muon trains; they are also the ones that ship in fp8."""
-    return parameter.ndim == 2 and "transformer_blocks." in name
+    return parameter.ndim == 2 and "blocks." in name
+
+
+def is_kernel(_: str, parameter: nn.Parameter) -> bool:
+    """A convolution's kernel; Muon sees it as the matrix from all its inputs to its outputs."""
+    return parameter.ndim in (4, 5) and parameter.shape[0] > 1
 
 
 class Optimizer:
-    def __init__(self, model: nn.Module, dtype: torch.dtype, muon_rate: float = 2e-3, adam_rate: float = 1.5e-3):
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        muon_rate: float = 2e-3,
+        adam_rate: float = 1.5e-3,
+        is_matrix: Callable[[str, nn.Parameter], bool] = is_block_matrix,
+    ):
         named = list(model.named_parameters())
-        matrices = sorted((p.shape, n, p) for n, p in named if is_block_matrix(n, p))
-        rest = [(n, p) for n, p in named if not is_block_matrix(n, p)]
+        matrices = sorted(((p.shape[0], p[0].numel()), n, p) for n, p in named if is_matrix(n, p))
+        rest = [(n, p) for n, p in named if not is_matrix(n, p)]
         self.names = [(n, p.shape) for _, n, p in matrices] + [(n, p.shape) for n, p in rest]
         parameters = [p for _, _, p in matrices] + [p for _, p in rest]
         self.master = torch.cat([p.detach().float().flatten() for p in parameters])
@@ -54,7 +67,7 @@ class Optimizer:
         self.gradient = torch.zeros_like(self.work)
         self.average = self.master.clone()
         self.first_moment = torch.zeros_like(self.master)
-        self.stacks, self.split = self._stacks([tuple(s) for s, _, _ in matrices])
+        self.stacks, self.split = self._stacks([s for s, _, _ in matrices])
         self.second_moment = torch.zeros_like(self.master[self.split :])
         self.muon_rate, self.adam_rate = muon_rate, adam_rate
         self.steps = 0

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import LENGTH, build_tokenizer, build_vocabulary, encode, variant_shares, variants
-from data import Pair, load_pairs, load_pictures
+from captions import LENGTH, STYLE_ONLY, build_tokenizer, build_vocabulary, encode, variant_shares, variants
+from data import UNNAMED, Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
 from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
@@ -28,6 +28,9 @@ from transformers import CLIPTextModel, T5EncoderModel
 from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
+UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
+EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
+VISIBLE, STYLE_ALONE_SHARE = 0.6, 0.3  # below this time a concept can be seen through the noise
 DECAY_SHARE = 0.45
 
 
@@ -48,7 +51,7 @@ class Stage:
     quantise: bool = False
 
 
-BOTH_SIZES = (Kind(256, 1, 32, (128, 512), share=0.55), Kind(128, 1, 192, (32, 512), share=0.45))
+BOTH_SIZES = (Kind(256, 1, 32, (512,), share=0.6), Kind(128, 1, 192, (32, 512), share=0.4))
 STAGES = {
     "32": Stage((Kind(32, 8, 1024, (32,)),)),
     "64": Stage((Kind(64, 4, 512, (32,)),)),
@@ -96,17 +99,19 @@ class Model(nn.Module):
 class Data:
     """Everything a batch is drawn from, on the device."""
 
-    latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents of the trained pairs
+    latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents, those of the unnamed pictures last
+    named: int
     clip_tokens: torch.Tensor  # [pairs, variants, tokens]
     t5_tokens: torch.Tensor
     shares: torch.Tensor  # of the caption variants
 
 
 def build_data(pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group) -> Data:
+    named = sum(pair.label != UNNAMED for pair in pairs)
     texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
     clip = encode(build_tokenizer(vocabulary, clip=True), texts, LENGTH).view(len(pairs), -1, LENGTH)
     t5 = encode(build_tokenizer(vocabulary, clip=False), texts, LENGTH).view(len(pairs), -1, LENGTH)
-    return Data(latents, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
+    return Data(latents, named, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
 
 
 def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype) -> torch.Tensor:
@@ -115,10 +120,28 @@ def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtyp
 
 
 def draw_times(count: int, pixels: int, device: torch.device) -> torch.Tensor:
-    """Logit-normal times, pushed toward noise the more tokens there are."""
+    """Logit-normal times, pushed toward noise the more tokens there are, mixed with uniform ones."""
     times = torch.randn(count, device=device).sigmoid()
     shift = TIME_SHIFT[pixels]
-    return shift * times / (1 + (shift - 1) * times)
+    shifted = shift * times / (1 + (shift - 1) * times)
+    return torch.where(torch.rand_like(times) < UNIFORM_SHARE, torch.rand_like(times), shifted)
+
+
+def draw_pictures(data: Data, batch: int) -> torch.Tensor:
+    """Places of named pictures and, for their share, of unnamed ones."""
+    device, count = data.clip_tokens.device, len(data.clip_tokens)
+    named = torch.randint(data.named, (batch,), device=device)
+    if count == data.named:
+        return named
+    extra = torch.randint(data.named, count, (batch,), device=device)
+    return torch.where(torch.rand(batch, device=device) < EXTRA_SHARE, extra, named)
+
+
+def draw_captions(data: Data, times: torch.Tensor) -> torch.Tensor:
+    """Caption variants; where the concept can be seen, often the style alone, so that surfaces follow the style."""
+    captions = torch.multinomial(data.shares, len(times), replacement=True)
+    style_alone = (times < VISIBLE) & (torch.rand_like(times) < STYLE_ALONE_SHARE)
+    return torch.where(style_alone, STYLE_ONLY, captions)
 
 
 def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
@@ -129,9 +152,9 @@ def loss_of(model: Model, data: Data, kind: Kind, length: int, ids: torch.Tensor
     """Rectified-flow loss of one batch."""
     clean = data.latents[kind.pixels]
     device, batch = clean.device, kind.batch
-    pairs = torch.randint(len(clean), (batch,), device=device)
-    captions = torch.multinomial(data.shares, batch, replacement=True)
+    pairs = draw_pictures(data, batch)
     times = draw_times(batch, kind.pixels, device)
+    captions = draw_captions(data, times)
     x0 = clean[pairs].float()
     noise = torch.randn_like(x0)
     noisy = torch.lerp(x0, noise, times[:, None, None]).to(clean.dtype)
@@ -256,6 +279,7 @@ def main() -> None:
     pairs = load_pairs(args.data)
     vocabulary = build_vocabulary(pairs)
     trained = [p for p in pairs if not p.held_out][: args.pictures]
+    trained += load_pairs(args.data, "extras.json")[: args.pictures]
     pictures = load_pictures(trained).to(group.device)
     vae = prepare_vae(args, pictures, shape, group)
     names = args.stages.split(",")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .problem import Predicate, Problem
 
-Backend = Literal["triton", "reference"]
+Backend = Literal["triton", "cpu", "reference"]
 __all__ = ["Backend", "Predicate", "block_sparse_attention", "unsupported_reasons"]
 
 
@@ -54,7 +54,7 @@ def block_sparse_attention(
             -inf, which masks the key. Indexed by original token.
         predicate: which pairs of the partial blocks may attend.
         scale: factor of the logits, positive; None is D ** -0.5.
-        backend: None takes Triton where it can run on CUDA and the reference elsewhere; a name is obeyed.
+        backend: None takes Triton on CUDA and "cpu" on a CPU where they can run, else the reference; a name is obeyed.
 
     Returns:
         out [B, Sq, H, D] in q's dtype, contiguous, and lse [B, H, Sq] in float32: the natural logarithm of
@@ -76,6 +76,8 @@ def block_sparse_attention(
         return _nothing_attended(q)
     if chosen == "reference":
         from .reference import attend
+    elif chosen == "cpu":
+        from .cpu import attend
     else:
         from .triton import attend
     return attend(problem)
@@ -85,14 +87,23 @@ def unsupported_reasons(backend: Backend, *, device: torch.device, dtype: torch.
     """Why a back end cannot take such tensors; an empty list when it can."""
     if backend == "reference":
         return _reference_reasons(dtype)
+    if backend == "cpu":
+        return _cpu_reasons(device, dtype)
     if backend == "triton":
         return _triton_reasons(device, dtype, head_dim)
-    raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    raise ValueError(f"backend is {backend!r}; known are 'triton', 'cpu', 'reference' and None (automatic)")
 
 
 def _reference_reasons(dtype: torch.dtype) -> list[str]:
     known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return [] if dtype in known else [f"dtype {dtype} is not a floating type that the reference takes"]
+
+
+def _cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    reasons = _reference_reasons(dtype)
+    if device.type != "cpu":
+        reasons.append(f"the tensors lie on {device.type}")
+    return reasons
 
 
 def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -110,14 +121,11 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     q = problem.q
-    if backend is None:
-        wanted = "triton" if q.device.type == "cuda" else "reference"
-        reasons = unsupported_reasons(wanted, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
-        return "reference" if reasons else wanted
-    reasons = unsupported_reasons(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
-    if reasons:
+    wanted: Backend = backend or ("triton" if q.device.type == "cuda" else "cpu")
+    reasons = unsupported_reasons(wanted, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
+    if reasons and backend is not None:
         raise RuntimeError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")
-    return backend
+    return "reference" if reasons else wanted
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,18 +11,18 @@ from .problem import Predicate, Problem
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Attend query block by query block, over gathered keys; cost follows the number of kept keys.
+    """Attend query block by query block; cost follows the number of kept keys.
 
     Shapes as in `block_sparse_attention`. Arithmetic is fp32 (fp64 for fp64 inputs) whatever the input.
     """
     q, batch, heads = problem.q, problem.q.shape[0], problem.q.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     # one list group per batch row and head, or one for all of them: 1 in `lists` broadcasts
-    q_tokens = _tokens(problem.q_order, problem.index.shape[2], problem.block_q, q.shape[1], q.device)
+    q_tokens = block_tokens(problem.q_order, problem.index.shape[2], problem.block_q, q.shape[1], q.device)
     k_blocks = -(-problem.k.shape[1] // problem.block_k)
-    k_tokens = _tokens(problem.k_order, k_blocks, problem.block_k, problem.k.shape[1], q.device)
-    keys, values = _Rows(problem.k, heads, compute), _Rows(problem.v, heads, compute)
-    queries = _Rows(q, heads, compute)
+    k_tokens = block_tokens(problem.k_order, k_blocks, problem.block_k, problem.k.shape[1], q.device)
+    keys, values = Rows(problem.k, heads, compute), Rows(problem.v, heads, compute)
+    queries = Rows(q, heads, compute)
     out = torch.zeros(batch, heads, q.shape[1] + 1, q.shape[3], dtype=compute, device=q.device)
     lse = torch.full((batch, heads, q.shape[1] + 1), -math.inf, dtype=compute, device=q.device)
     used = problem.count.clamp(max=problem.index.shape[3])
@@ -51,7 +51,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     return out[:, :, :-1].transpose(1, 2).contiguous().to(q.dtype), lse[:, :, :-1].float().contiguous()
 
 
-class _Rows:
+class Rows:
     """The rows of a [B, S, H, D] tensor by (batch, head, token), key heads repeated for their queries."""
 
     def __init__(self, tensor: Tensor, heads: int, dtype: torch.dtype) -> None:
@@ -67,7 +67,7 @@ class _Rows:
         return self.flat.index_select(0, picked.flatten()).view(*picked.shape, -1)
 
 
-def _tokens(order: Tensor | None, blocks: int, block: int, length: int, device: torch.device) -> Tensor:
+def block_tokens(order: Tensor | None, blocks: int, block: int, length: int, device: torch.device) -> Tensor:
     """Token of each slot, [b, h, blocks, block], -1 for none."""
     if order is not None:
         return order.long().unflatten(-1, (-1, block))
@@ -95,12 +95,12 @@ def _visible(problem: Problem, rows: Tensor, cols: Tensor, partial: Tensor) -> T
     if problem.key_bias is not None:
         mask = mask & (_at(problem.key_bias, cols) != -math.inf).unsqueeze(2)
     if problem.predicate is not None:
-        near = _admitted(problem.predicate, rows, cols) & (rows >= 0).unsqueeze(-1)
+        near = admitted(problem.predicate, rows, cols) & (rows >= 0).unsqueeze(-1)
         mask = mask & (near | ~partial.unsqueeze(2))
     return None if mask.all() else mask
 
 
-def _admitted(predicate: Predicate, rows: Tensor, cols: Tensor) -> Tensor:
+def admitted(predicate: Predicate, rows: Tensor, cols: Tensor) -> Tensor:
     """The predicate on every pair, [b, h, bq, n]; holes give any answer."""
     q, k = predicate.q_coords[:, rows.clamp(min=0)], predicate.k_coords[:, cols.clamp(min=0)]
     d0, d1, d2 = (q.unsqueeze(-1) - k.unsqueeze(-2)).abs()

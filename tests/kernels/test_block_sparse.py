@@ -1,4 +1,4 @@
-"""One table for both back ends; on a CPU the Triton kernel is interpreted (see conftest)."""
+"""One table for all back ends; on a CPU the Triton kernel is interpreted (see conftest)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from attention_gold import check, dense, make_call, pair_mask
 from dit_accel.kernels.block_sparse import block_sparse_attention, unsupported_reasons
 from dit_accel.kernels.block_sparse.api import _checked
 
-BACKENDS = ["reference", "triton"]
-on_both = pytest.mark.parametrize("backend", BACKENDS)
+BACKENDS = ["reference", "triton"] if torch.cuda.is_available() else ["reference", "cpu", "triton"]
+on_all = pytest.mark.parametrize("backend", BACKENDS)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -56,7 +56,7 @@ def run(call, backend, **changes):
     return block_sparse_attention(**{**call, **changes}, backend=backend)
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("case", CASES)
 def test_matches_gold(case, backend, device):
     call = make_call(**CASES[case], device=device)
@@ -89,14 +89,14 @@ def problem_of(call):
     return _checked(*first, *(call.get(n) for n in names))
 
 
-@on_both
+@on_all
 def test_all_blocks_full_is_said_by_passing_count(backend, device):
     call = make_call(orders=True, q_len=128, dtype=BF16, predicate="box", device=device)
     call["full_count"] = call["count"]
     check(call, *run(call, backend))
 
 
-@on_both
+@on_all
 def test_density_one_is_dense(backend, device):
     call = make_call(density=1.1, q_len=129, device=device)
     out, _ = run(call, backend)
@@ -105,7 +105,7 @@ def test_density_one_is_dense(backend, device):
     assert (out - gold).abs().max() < 2e-6
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("case", ["orders-holes", "box-orders-holes-bias", "list-per-head", "bias-inf"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_what_no_query_sees_does_not_leak(case, poison, backend, device):
@@ -127,7 +127,7 @@ def test_what_no_query_sees_does_not_leak(case, poison, backend, device):
     assert torch.equal(results[0][1], results[1][1])
 
 
-@on_both
+@on_all
 def test_nothing_is_read_behind_the_last_token(backend, device):
     call = make_call(q_len=97, density=1.1, device=device)
     for name in ("q", "k", "v"):
@@ -149,7 +149,7 @@ def strided(tensor, how):
     return tensor[:, :, :1].expand_as(tensor)
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("how", ["heads-first", "last-stride-2", "slice-of-more", "offset", "expanded"])
 def test_any_strides(how, backend, device):
     call = make_call(dtype=HALF, device=device)
@@ -157,7 +157,7 @@ def test_any_strides(how, backend, device):
     check(call, *run(call, backend))
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("outlier", ["large-q", "large-k", "fp16-edge", "lse-plus-80", "lse-minus-80", "other-scale"])
 def test_outliers(outlier, backend, device):
     call = make_call(dtype=HALF if outlier == "fp16-edge" else FP32, q_len=129, device=device)
@@ -177,7 +177,7 @@ def test_outliers(outlier, backend, device):
     check(call, *run(call, backend))
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize(
     ("batch", "q_len", "k_len", "width"), [(0, 64, 64, 1), (1, 0, 64, 1), (1, 64, 0, 0), (1, 64, 64, 0)]
 )
@@ -193,14 +193,14 @@ def test_empty(batch, q_len, k_len, width, backend, device):
     assert (lse == -math.inf).all()
 
 
-@on_both
+@on_all
 def test_queries_without_a_slot_are_zero(backend, device):
     call = make_call(orders=True, q_len=128, density=1.1, device=device)
     call["q_order"][..., 5:20] = -1
     check(call, *run(call, backend))
 
 
-@on_both
+@on_all
 def test_repeats_are_equal(backend, device):
     call = make_call(**CASES["orders-holes"], device=device)
     first, again = run(call, backend), run(call, backend)
@@ -233,14 +233,14 @@ def random_case(seed):
     return case
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("seed", range(6))
 def test_random_sweep(seed, backend, device):
     sweep(seed, backend, device)
 
 
 @pytest.mark.full
-@on_both
+@on_all
 @pytest.mark.parametrize("seed", range(6, 306))
 def test_long_random_sweep(seed, backend, device):
     sweep(seed, backend, device)
