@@ -41,8 +41,13 @@ def start(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, such as 'taco, noto style'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png, .jpg or .webp.")],
-    model: Annotated[str, typer.Option(help="Shipped model, folder, or Hub id.")] = "emoji-flux",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Picture (.png, .jpg, .webp) or clip (.mp4, .gif, .webp).")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Shipped model, folder, or Hub id; emoji-flux, or emoji-wan for a clip.", show_default=False),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe or preset by name, or a YAML/JSON file.")] = "balanced",
     density: Annotated[float | None, typer.Option(help="Share of token pairs to compute, above 0, up to 1.")] = None,
     set_: Annotated[
@@ -53,6 +58,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of a clip, 1 to 120 (.gif: to 50).")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
     true_cfg: Annotated[
@@ -66,12 +73,26 @@ def generate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw a picture, accelerated, and say what was done."""
-    from .generate import Settings
+    """Draw a picture or a clip, accelerated, and say what was done."""
+    from dit_accel.config import build
+
     from .job import Job
+    from .settings import Settings
 
     overrides = parse_overrides(density, set_ or [])
-    settings = Settings(steps, seed, height, width, negative_prompt, guidance, true_cfg, text_length)
+    asked = {
+        "steps": steps,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "fps": fps,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+        "true_cfg": true_cfg,
+        "text_length": text_length,
+    }
+    settings: Settings = build(Settings, asked, "generate")
     job = Job(prompt, output, model, recipe, overrides, settings, dtype, device, compare, force)
     result = job.run()
     if as_json:
@@ -122,8 +143,8 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command()
-def show(file: Annotated[Path, typer.Argument(help="A picture that generate wrote.")], debug: Debug = False) -> None:
-    """Print the settings written into a picture."""
+def show(file: Annotated[Path, typer.Argument(help="What generate wrote.")], debug: Debug = False) -> None:
+    """Print the settings written into a picture or clip."""
     from .provenance import read
 
     text = json.dumps(read(file), indent=2, ensure_ascii=False)

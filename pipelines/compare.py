@@ -1,14 +1,17 @@
-"""Two pictures against each other: PSNR, SSIM, and a sheet with labels."""
+"""Two pictures or clips against each other: PSNR, SSIM, temporal error, and a sheet with labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .media import Media
 
 GAIN = 4
 _CELL, _GAP, _LINE = 256, 8, 18
@@ -36,40 +39,101 @@ def ssim(a: Image.Image, b: Image.Image) -> float:
     return float(inner.mean())
 
 
+def temporal_error(a: Media, b: Media) -> float | None:
+    """Return how differently two clips change from frame to frame, in grey levels of 255; None for one frame.
+
+    The root mean square, over all pixels, colours and pairs of neighbouring frames, of the difference between
+    a's change and b's change, `(a[t+1] - a[t]) - (b[t+1] - b[t])`. 0: they move alike, though they may differ by
+    something that stands still; flicker and jerks that only one of them has count in full.
+    """
+    errors = (x - y for x, y in (_pair(*frames) for frames in _frames(a, b)))
+    previous, total, count = next(errors), 0.0, 0
+    for error in errors:
+        total += float(np.mean((error - previous) ** 2))
+        previous, count = error, count + 1
+    return math.sqrt(total / count) if count else None
+
+
 @dataclass(frozen=True)
 class Likeness:
-    """How alike two pictures are; `psnr` is None where they are equal, since infinity is no JSON."""
+    """How alike two pictures or clips are, frame by frame.
 
-    psnr: float | None
-    ssim: float
+    A frame's PSNR is None where the frames are equal, since infinity is no JSON; `psnr` is the mean over the frames
+    that differ, None where none does.
+    """
+
+    frame_psnr: tuple[float | None, ...]
+    frame_ssim: tuple[float, ...]
+    temporal_error: float | None = None
 
     @classmethod
-    def of(cls, a: Image.Image, b: Image.Image) -> Likeness:
-        """Compare two pictures."""
-        ratio = psnr(a, b)
-        return cls(ratio if math.isfinite(ratio) else None, ssim(a, b))
+    def of(cls, a: Media, b: Media) -> Likeness:
+        """Compare two pictures, or two clips of as many frames; ValueError where sizes or numbers differ."""
+        ratios = [psnr(*frames) for frames in _frames(a, b)]
+        finite = tuple(ratio if math.isfinite(ratio) else None for ratio in ratios)
+        return cls(finite, tuple(ssim(*frames) for frames in _frames(a, b)), temporal_error(a, b))
+
+    @property
+    def psnr(self) -> float | None:
+        return float(np.mean(self._differing)) if self._differing else None
+
+    @property
+    def psnr_min(self) -> float | None:
+        return min(self._differing, default=None)
+
+    @property
+    def ssim(self) -> float:
+        return float(np.mean(self.frame_ssim))
+
+    @property
+    def ssim_min(self) -> float:
+        return min(self.frame_ssim)
+
+    @property
+    def _differing(self) -> list[float]:
+        return [ratio for ratio in self.frame_psnr if ratio is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data, those of single frames only for clips."""
+        data: dict[str, Any] = {"psnr": self.psnr, "ssim": self.ssim}
+        if len(self.frame_ssim) > 1:
+            data |= {"psnr_min": self.psnr_min, "ssim_min": self.ssim_min, "temporal_error": self.temporal_error}
+            data |= {"frame_psnr": list(self.frame_psnr), "frame_ssim": list(self.frame_ssim)}
+        return data
 
     def __str__(self) -> str:
-        return "equal pictures" if self.psnr is None else f"PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.3f}"
+        if self.psnr is None:
+            return "equal frames" if len(self.frame_ssim) > 1 else "equal pictures"
+        text = f"PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.3f}"
+        return text if self.temporal_error is None else f"{text}, temporal error {self.temporal_error:.1f}"
 
 
-def difference(a: Image.Image, b: Image.Image) -> Image.Image:
-    """Return the absolute difference of two pictures, GAIN times brighter."""
-    x, y = _pair(a, b)
-    return Image.fromarray(np.clip(np.abs(x - y) * GAIN, 0, 255).astype(np.uint8))
+def difference(a: Media, b: Media) -> Media:
+    """Return the absolute difference of two pictures or clips, GAIN times brighter."""
+    return Media(tuple(_difference(*frames) for frames in _frames(a, b)), a.fps)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a sheet and the lines under it."""
+    """One picture or clip of a sheet and the lines under it."""
 
-    image: Image.Image
+    media: Media
     lines: Sequence[str]
 
 
-def sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Lay pictures out in rows, each with its lines below; small ones are enlarged to be seen."""
-    drawn = [[_draw(cell) for cell in row] for row in rows]
+def sheet(rows: Sequence[Sequence[Cell]]) -> Media:
+    """Lay pictures and clips out in rows, each with its lines below; small ones are enlarged to be seen.
+
+    With a clip among them the sheet is a clip as long as the longest; what is shorter stays on its last frame.
+    """
+    cells = [cell.media for row in rows for cell in row]
+    length = max(len(media.frames) for media in cells)
+    fps = max((media.fps for media in cells if media.fps is not None), default=None)
+    return Media(tuple(_page(rows, i) for i in range(length)), fps)
+
+
+def _page(rows: Sequence[Sequence[Cell]], frame: int) -> Image.Image:
+    drawn = [[_draw(cell, frame) for cell in row] for row in rows]
     widths = [sum(cell.width + _GAP for cell in row) + _GAP for row in drawn]
     heights = [max(cell.height for cell in row) + _GAP for row in drawn]
     page = Image.new("RGB", (max(widths), sum(heights) + _GAP), "white")
@@ -83,11 +147,10 @@ def sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
     return page
 
 
-def _draw(cell: Cell) -> Image.Image:
-    factor = max(1, _CELL // cell.image.width)
-    picture = cell.image.convert("RGB").resize(
-        (cell.image.width * factor, cell.image.height * factor), Image.Resampling.NEAREST
-    )
+def _draw(cell: Cell, frame: int) -> Image.Image:
+    image = cell.media.frames[min(frame, len(cell.media.frames) - 1)].convert("RGB")
+    factor = max(1, _CELL // image.width)
+    picture = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     font = ImageFont.load_default(size=13)
     width = max(picture.width, *(math.ceil(font.getlength(line)) for line in cell.lines))
     card = Image.new("RGB", (width, picture.height + _LINE * len(cell.lines) + _GAP), "white")
@@ -96,6 +159,17 @@ def _draw(cell: Cell) -> Image.Image:
     for i, line in enumerate(cell.lines):
         draw.text((0, picture.height + 4 + i * _LINE), line, fill="black", font=font)
     return card
+
+
+def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
+    x, y = _pair(a, b)
+    return Image.fromarray(np.clip(np.abs(x - y) * GAIN, 0, 255).astype(np.uint8))
+
+
+def _frames(a: Media, b: Media) -> Iterator[tuple[Image.Image, Image.Image]]:
+    if len(a.frames) != len(b.frames):
+        raise ValueError(f"clips of {len(a.frames)} and {len(b.frames)} frames cannot be compared")
+    return zip(a.frames, b.frames, strict=True)
 
 
 def _pair(a: Image.Image, b: Image.Image) -> tuple[np.ndarray, np.ndarray]:

@@ -119,12 +119,14 @@ def _opencv() -> Check:
 
 
 def _ffmpeg() -> Check:
-    try:
-        import imageio_ffmpeg
+    from dit_accel.errors import ConfigError
 
-        return Check("ffmpeg", "ok", imageio_ffmpeg.get_ffmpeg_exe())
-    except (ImportError, RuntimeError) as error:
-        return Check("ffmpeg", "warn", str(error), "needed for videos only: pip install imageio-ffmpeg")
+    from . import ffmpeg
+
+    try:
+        return Check("ffmpeg", "ok", f"writes H.264: {ffmpeg.check()}")
+    except ConfigError as error:
+        return Check("ffmpeg", "warn", str(error), "needed for .mp4 only: pip install --force-reinstall imageio-ffmpeg")
 
 
 def _hub_kernels() -> Check:

@@ -13,7 +13,7 @@ import torch
 from dit_accel.api import demo_model, demo_models
 from dit_accel.errors import ConfigError, UnsupportedError, nearest
 
-DEFAULT_MODEL = "emoji-flux"
+DEFAULT_MODEL, DEFAULT_CLIP_MODEL = "emoji-flux", "emoji-wan"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda", "auto")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,6 +62,25 @@ def locate(model: str) -> str:
         f"{nearest(model, demo_models())} "
         "Expected a shipped model, a folder in diffusers' format, or a Hub id such as owner/name."
     )
+
+
+def default_model(clip: bool) -> str:
+    """Return the shipped model for pictures, or for clips; ConfigError where it is not installed."""
+    name, what = (DEFAULT_CLIP_MODEL, "clips") if clip else (DEFAULT_MODEL, "pictures")
+    if name not in demo_models():
+        raise ConfigError(f"model: {name}, which makes {what}, is not installed here; name another with --model.")
+    return name
+
+
+def pipeline_class(source: str) -> type | None:
+    """Return the diffusers pipeline class of a model folder; None for a Hub id, or a class of the folder's own."""
+    import diffusers
+
+    index = Path(source) / "model_index.json"
+    if not index.is_file():
+        return None
+    name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    return getattr(diffusers, name, None) if isinstance(name, str) else None
 
 
 def choose_device(name: str) -> torch.device:

@@ -191,14 +191,14 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
         raise ValueError("order 'kmeans' gives clusters of any size, so it needs score 'pooled'")
     if option and order.kind in ("tile", "importance", "kmeans"):
         raise ValueError(f"an option of heads lies in runs, so its order cannot be {order.kind!r}")
-    if content and (keeps.first_frame or keeps.sinks or keeps.adjacent):
+    if content and keeps.others:
         raise ValueError(f"order {order.kind!r} moves keys between units, so keeps has only 'own'")
     exact = select.kind in EXACT and getattr(select, "per", "token") == "token"
     if (select.kind == "neighborhood" or exact) and order.kind != "tile":
         raise ValueError(f"select {select.kind!r} needs order 'tile'")
     if exact and option:
         raise ValueError(f"select {select.kind!r} is exact to the token and cannot be an option of heads")
-    if exact and (keeps.own or keeps.first_frame or keeps.sinks or keeps.adjacent):
+    if exact and (keeps.own or keeps.others):
         raise ValueError(f"select {select.kind!r} is exact to the token, so keeps must all be off")
     if select.kind == "radial" and not (order.kind == "axes" and order.axes == "fhw" and order.whole):
         raise ValueError("select 'radial' works frame by frame, so it needs order {kind: axes, whole: true}")

@@ -188,11 +188,20 @@ Select = Annotated[
 class Keeps(Config, frozen=True):
     """Pairs that are always computed, besides text.
 
-    Own unit (where queries and keys lie in one order), the first frame's keys, the first `sinks` keys, and with
-    `adjacent` all units that touch one's own on the grid.
+    Own unit (where queries and keys lie in one order), the first `sinks` keys, with `adjacent` all units that touch
+    one's own on the grid, and of videos: `first_frame` its keys, `own_frame` the keys of the query's frame,
+    `own_place` the keys at the query's row and column in every frame. Units are kept whole, those that span several
+    frames too. Pictures have no frames.
     """
 
     own: bool = True
     first_frame: bool = False
+    own_frame: bool = False
+    own_place: bool = False
     sinks: Annotated[int, Field(ge=0)] = 0
     adjacent: bool = False
+
+    @property
+    def others(self) -> bool:
+        """Whether more than the own unit is kept."""
+        return self.first_frame or self.own_frame or self.own_place or self.sinks > 0 or self.adjacent

@@ -25,7 +25,7 @@ from ..config import (
     WithinSelect,
 )
 from ..layout import TokenLayout
-from . import content, heads, selectors, shapes
+from . import content, frames, heads, selectors, shapes
 from .adjacency import adjacent
 from .content import Centroids
 from .cut import Cut
@@ -198,8 +198,12 @@ def keep_mask(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tenso
     mask = torch.zeros(tiling.units, tiling.units, dtype=torch.bool, device=device)
     if keeps.own:
         mask |= torch.eye(tiling.units, dtype=torch.bool, device=device)
-    if keeps.first_frame:
+    if keeps.first_frame and tiling.layout.main.frames > 1:
         mask |= torch.from_numpy(tiling.first_frame).to(device)[None]
+    if keeps.own_frame:
+        mask |= torch.from_numpy(frames.own_frame(tiling)).to(device)
+    if keeps.own_place:
+        mask |= torch.from_numpy(frames.own_place(tiling)).to(device)
     if keeps.sinks:
         mask |= torch.from_numpy(tiling.sink_rank < keeps.sinks).to(device)[None]
     if keeps.adjacent:

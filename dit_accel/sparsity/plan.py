@@ -147,6 +147,29 @@ class Plan:
             out.append(slots.long())
         return out[0], out[1]
 
+    def rows(self, queries: torch.Tensor, sample: int = 0, head: int = 0) -> torch.Tensor:
+        """Return the exact mask of some queries of one sample and head, bool [len(queries), keys].
+
+        `queries` int64 token indices. What `to_mask` would say of them, without the memory of all pairs.
+        """
+        device = queries.device if self.dense else self.branches[0].index.device
+        queries = queries.to(device)
+        out = torch.full((len(queries), self.keys), self.dense, dtype=torch.bool, device=device)
+        for branch in self.branches:
+            q_slots, k_slots = (_one(slots, sample, head) for slots in self._slots(branch))
+            blocks = _one(branch.block_mask(len(k_slots) // branch.block_k), sample, head)
+            slot_of = torch.full((self.queries + 1,), -1, device=device)  # the last is where holes point to
+            slot_of[q_slots] = torch.arange(len(q_slots), device=device)
+            slot = slot_of[queries]
+            pairs = blocks[slot // branch.block_q] & (slot >= 0)[:, None]
+            mask = torch.zeros(len(queries), self.keys + 1, dtype=torch.bool, device=device)
+            mask[:, k_slots] = pairs.repeat_interleave(branch.block_k, -1)
+            if branch.predicate is not None:
+                theirs = replace(branch.predicate, q_coords=branch.predicate.q_coords[:, queries])
+                mask[:, :-1] &= _admitted(theirs, mask)
+            out |= mask[:, :-1]
+        return out
+
     def check(self) -> Plan:
         """Raise PlanError when an index is out of range, a row is empty or branches overlap; return the plan."""
         for branch in self.branches:
@@ -180,6 +203,14 @@ class Plan:
         for i, picture in enumerate(pictures):
             sheet.paste(picture, (i * (size + 8), 0))
         return sheet
+
+
+def _one(x: torch.Tensor, sample: int, head: int) -> torch.Tensor:
+    """Return the part of a tensor [B|1, H|1, ...] that belongs to one sample and head."""
+    for what, size, asked in (("samples", x.shape[0], sample), ("heads", x.shape[1], head)):
+        if asked < 0 or (size > 1 and asked >= size):
+            raise PlanError(f"plan: it has {size} {what}, number {asked} was asked for.")
+    return x[min(sample, x.shape[0] - 1), min(head, x.shape[1] - 1)]
 
 
 def _admitted(predicate: Predicate, like: torch.Tensor) -> torch.Tensor:

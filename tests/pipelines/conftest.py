@@ -1,12 +1,14 @@
-"""A tiny random Flux pipeline on disk, which stands for any model a person might name."""
+"""Tiny random pipelines on disk, Flux and Wan, which stand for any model a person might name."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -99,6 +101,17 @@ def pipe() -> FluxPipeline:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+DEFAULTS = {"height": 32, "width": 48, "frames": 5, "fps": 8, "steps": 2, "guidance": 1.0, "text_length": 16}
+
+
+@pytest.fixture(scope="session")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    tiny.wan()[0].save_pretrained(folder)
+    (folder / "dit_accel.json").write_text(json.dumps(DEFAULTS))
     return folder
 
 

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import ENVIRONMENT, error_of, files
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 import dit_accel
+from dit_accel.pipelines.media import Media
 from dit_accel.pipelines.provenance import read
 
 Draw = Callable[..., Result]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
 RECIPE_FILE = "base: grat-b\nname: mine\nradius: 0\n"
-
-
-def error_of(result: Result) -> str:
-    """Return the error line of a failed command, and check its form."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert result.stderr.splitlines()[-1] == lines[0]
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
-    return lines[0]
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # -- good calls ---
@@ -141,7 +121,7 @@ def test_show_prints_what_generate_wrote(draw: Draw, cli: Callable[..., Result],
 def test_show_prints_no_control_characters(cli: Callable[..., Result], tmp_path: Path) -> None:
     from dit_accel.pipelines.provenance import write
 
-    write(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": "\x9b31m\x1b[2J\ud800"})
+    write(Media.picture(Image.new("RGB", (8, 8))), tmp_path / "a.png", {"prompt": "\x9b31m\x1b[2J\ud800"})
     result = cli("show", tmp_path / "a.png")
     assert json.loads(result.stdout) == {"prompt": "\x9b31m\x1b[2J\ud800"}
     assert result.stdout.replace("\n", "").isprintable()
@@ -177,12 +157,12 @@ def test_version_and_help(cli: Callable[..., Result]) -> None:
         (("--set", "every"), "--set: expected KEY=VALUE, got 'every'"),
         (("--set", "every=[1"), "--set: the value of every is no valid YAML"),
         (("--set", "density=0.3"), "--set: density is given twice"),
-        (("--steps", 0), "steps: at least 1 is needed, got 0"),
-        (("--steps", -1), "steps: at least 1 is needed, got -1"),
-        (("--seed", -1), "seed: expected a number from 0 to 2**63 - 1, got -1"),
-        (("--height", 0), "height: at least 1 is needed, got 0"),
-        (("--text-length", 0), "text_length: at least 1 is needed, got 0"),
-        (("--guidance", "inf"), "guidance: expected a finite number, got inf"),
+        (("--steps", 0), "steps: input should be greater than or equal to 1, got 0"),
+        (("--steps", -1), "steps: input should be greater than or equal to 1, got -1"),
+        (("--seed", -1), "seed: input should be greater than or equal to 0, got -1"),
+        (("--height", 0), "height: input should be greater than or equal to 1, got 0"),
+        (("--text-length", 0), "text_length: input should be greater than or equal to 1, got 0"),
+        (("--guidance", "inf"), "guidance: input should be a finite number, got inf"),
         (("--dtype", "fp23"), "dtype: none is called 'fp23'. Did you mean 'fp32'?"),
         (("--dtype", "fp16", "--device", "cpu"), "dtype: fp16 needs a GPU; on a CPU use fp32 or bf16"),
         (("--device", "gpu"), "device: none is called 'gpu'"),
@@ -285,9 +265,9 @@ def test_latents_that_are_not_finite(draw: Draw, model: Path, tmp_path: Path, st
     assert files(tmp_path) == {"bad"}
 
 
-def test_picture_that_is_not_finite(draw: Draw, model: Path, tmp_path: Path) -> None:
+def test_pixels_that_are_not_finite(draw: Draw, model: Path, tmp_path: Path) -> None:
     bad = poison(model, tmp_path / "bad", "vae", "decoder.conv_out.weight", float("nan"))
-    assert "the picture holds NaN or Inf" in error_of(draw(tmp_path / "out.png", "--model", bad))
+    assert "the pixels hold NaN or Inf" in error_of(draw(tmp_path / "out.png", "--model", bad))
     assert files(tmp_path) == {"bad"}
 
 

@@ -8,11 +8,17 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dit_accel.pipelines.demo import DENSITIES, SHEET, app
+from dit_accel.pipelines.demo import DENSITIES, app
+from dit_accel.pipelines.provenance import read
 
 
-def run(model: Path, out: Path) -> Result:
-    return CliRunner().invoke(app, ["--model", str(model), "--out", str(out), "--quick"])
+@pytest.fixture(autouse=True)
+def _no_shipped_clip_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_accel.pipelines.demo.demo_models", lambda: ["emoji-flux"])
+
+
+def run(model: Path, out: Path, *more: str) -> Result:
+    return CliRunner().invoke(app, ["--model", str(model), "--out", str(out), "--quick", *more])
 
 
 def test_demo_writes_pictures_and_says_where(model: Path, tmp_path: Path) -> None:
@@ -23,16 +29,16 @@ def test_demo_writes_pictures_and_says_where(model: Path, tmp_path: Path) -> Non
         "watermelon-fluent-flat-style-stock.png",
         *(f"watermelon-fluent-flat-style-density-{d}.png" for d in DENSITIES),
     }
-    assert {path.name for path in out.iterdir()} == {SHEET, *singles}
+    assert {path.name for path in out.iterdir()} == {"side-by-side.png", *singles}
     assert len({Image.open(out / name).tobytes() for name in singles}) == 3
-    assert str(out / SHEET) in result.stdout
+    assert str(out / "side-by-side.png") in result.stdout
     assert "PSNR" in result.stdout
     assert result.stdout.count("density 0.") >= 2  # a report for each density
     again = run(model, out)
     assert again.exit_code == 0, again.output
 
 
-@pytest.mark.parametrize("name", [SHEET, "watermelon-fluent-flat-style-stock.png"])
+@pytest.mark.parametrize("name", ["side-by-side.png", "watermelon-fluent-flat-style-stock.png"])
 def test_demo_keeps_files_that_it_did_not_make(model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"mine")
     result = run(model, tmp_path)
@@ -40,6 +46,32 @@ def test_demo_keeps_files_that_it_did_not_make(model: Path, tmp_path: Path, name
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert f"{name}: exists already" in result.stderr
     assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_demo_makes_a_clip_too(model: Path, clip_model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path, "--clip-model", str(clip_model))
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in tmp_path.iterdir() if path.suffix == ".gif"}
+    stem = "a-taco-sliding-left-noto-style"
+    assert names == {"side-by-side.gif", f"{stem}-stock.gif", f"{stem}-density-{DENSITIES[0]}.gif"}
+    for name in names:
+        with Image.open(tmp_path / name) as image:
+            assert getattr(image, "n_frames", 1) == 5, name
+    assert read(tmp_path / f"{stem}-stock.gif")["fps"] == 8
+    assert "temporal error" in result.stdout
+    assert result.stdout.count("where sparse") == 3  # two reports of pictures, one of the clip
+    assert str(tmp_path / "side-by-side.gif") in result.stdout
+    assert run(model, tmp_path, "--clip-model", str(clip_model)).exit_code == 0
+
+
+def test_clip_model_that_is_shipped_is_used(
+    model: Path, clip_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dit_accel.pipelines.demo.demo_models", lambda: ["emoji-flux", "emoji-wan"])
+    monkeypatch.setattr("dit_accel.pipelines.loading.demo_models", lambda: ["emoji-wan"])
+    monkeypatch.setattr("dit_accel.pipelines.loading.demo_model", lambda name: clip_model)
+    assert run(model, tmp_path).exit_code == 0
+    assert (tmp_path / "side-by-side.gif").exists()
 
 
 def test_demo_without_its_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 
-from dit_accel.errors import ConfigError, NonFiniteError, UnsupportedError
-from dit_accel.pipelines.generate import Settings, call_arguments, generate, generate_stock, size_unit
+from dit_accel.errors import ConfigError, NonFiniteError
+from dit_accel.pipelines.arguments import call_arguments, playing_speed, size_unit
+from dit_accel.pipelines.generate import generate, generate_stock
+from dit_accel.pipelines.settings import Defaults, Settings, model_defaults
 
 SMALL = Settings(steps=2, height=64, width=64, text_length=16, seed=5)
 
@@ -111,12 +114,6 @@ def test_guidance_asked_for_wins_over_the_one_for_negative_prompts(pipe: FluxPip
     assert "true_cfg_scale" not in call_arguments(pipe, "a", Settings())
 
 
-def test_video_pipelines_are_refused() -> None:
-    pipe, _ = tiny.wan()
-    with pytest.raises(UnsupportedError, match="WanPipeline does not make pictures from a prompt alone"):
-        generate_stock(pipe, "a cat")
-
-
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_size_unit_is_exactly_what_the_pipeline_draws(family: str) -> None:
     """One unit more is one unit more of picture, with packed latents and with patches."""
@@ -129,3 +126,52 @@ def test_size_unit_is_exactly_what_the_pipeline_draws(family: str) -> None:
     if unit > 1:
         with pytest.raises(ConfigError, match=f"height: .* needs a multiple of {unit}"):
             generate_stock(pipe, "a cat", settings=Settings(steps=1, height=size + 1, width=size))
+
+
+# -- clips ---
+SHORT = Settings(steps=2, height=32, width=48, frames=5, fps=8, text_length=16, guidance=1.0)
+
+
+def test_clip_of_a_stock_run_is_what_the_pipeline_draws() -> None:
+    pipe, _ = tiny.wan()
+    made = generate_stock(pipe, "a cat", settings=SHORT, warm_up=True)
+    call = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+    noise = torch.Generator().manual_seed(0)
+    stock = pipe("a cat", **call, max_sequence_length=16, generator=noise, output_type="pil").frames[0]
+    assert [frame.tobytes() for frame in made.media.frames] == [frame.tobytes() for frame in stock]
+    assert made.media.fps == 8
+    assert {"frames": 5, "fps": 8, "height": 32, "width": 48}.items() <= made.settings.items()
+
+
+def test_accelerated_clip_differs_and_the_pipeline_is_stock_again() -> None:
+    pipe, _ = tiny.wan()
+    stock = generate_stock(pipe, "a cat", settings=SHORT)
+    recipe = {"density": 0.5, "dense_steps": 0, "video": (1, 2, 2)}
+    made = generate(pipe, "a cat", recipe="draft", overrides=recipe, settings=SHORT)
+    assert made.report.sparse_calls == made.report.calls > 0
+    assert [f.tobytes() for f in made.media.frames] != [f.tobytes() for f in stock.media.frames]
+    again = generate_stock(pipe, "a cat", settings=SHORT)
+    assert [f.tobytes() for f in again.media.frames] == [f.tobytes() for f in stock.media.frames]
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "cogvideox", "ltx"])
+def test_frame_numbers_that_pipelines_would_round_are_refused(family: str) -> None:
+    pipe, _ = tiny.FAMILIES[family]()  # the VAEs of all four make 4 frames one
+    assert call_arguments(pipe, "a cat", Settings(frames=9))["num_frames"] == 9
+    with pytest.raises(ConfigError, match="1 more than a multiple of 4, got 8; the nearest is 5 or 9"):
+        call_arguments(pipe, "a cat", Settings(frames=8))
+
+
+def test_speed_goes_into_the_call_of_models_that_know_it() -> None:
+    ltx, wan = (tiny.FAMILIES[name]()[0] for name in ("ltx", "wan"))
+    assert call_arguments(ltx, "a", Settings(fps=12))["frame_rate"] == 12
+    assert "frame_rate" not in call_arguments(wan, "a", Settings(fps=12))
+    assert (playing_speed(type(ltx), Settings()), playing_speed(type(wan), Settings())) == (25, 16)
+    assert playing_speed(FluxPipeline, Settings(fps=12)) is None
+
+
+def test_defaults_of_a_folder_yield_to_what_is_asked(tmp_path: Path) -> None:
+    assert model_defaults(tmp_path) == model_defaults("owner/name") == Defaults()
+    (tmp_path / "dit_accel.json").write_text('{"frames": 17, "fps": 8, "guidance": 3, "negative_prompt": "blur"}')
+    settled = Settings(seed=3, fps=12.0, guidance=0.0).over(model_defaults(tmp_path))
+    assert settled == Settings(seed=3, fps=12.0, guidance=0.0, frames=17, negative_prompt="blur")

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from dit_accel.errors import ConfigError
-from dit_accel.pipelines import provenance
+from dit_accel.pipelines import media, provenance
+from dit_accel.pipelines.media import Media
 from dit_accel.pipelines.provenance import check_target, read, write
 
-PICTURE = Image.new("RGB", (16, 12), "red")
+PICTURE = Media.picture(Image.new("RGB", (16, 12), "red"))
 MADE_WITH = {"prompt": 'taco "ñ" 玉 \x1b[31m\n', "seed": 7, "recipe_settings": {"density": 0.5, "none": None}}
 
 
@@ -24,7 +25,7 @@ def test_settings_survive_the_file(tmp_path: Path, name: str) -> None:
     write(PICTURE, path, MADE_WITH)
     assert read(path) == MADE_WITH
     with Image.open(path) as image:
-        assert image.size == PICTURE.size
+        assert image.size == PICTURE.image.size
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -98,8 +99,8 @@ def test_good_target_is_accepted_and_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.pgn", "no picture format is called '.pgn'. Did you mean '.png'?"),
-        ("a", "no picture format is called ''. Known: .jpeg, .jpg, .png, .webp."),
+        ("a.pgn", "no picture or clip format is called '.pgn'. Did you mean '.png'?"),
+        ("a", "no picture or clip format is called ''. Known: .gif, .jpeg, .jpg, .mp4, .png, .webp."),
         ("missing/a.png", "missing does not exist"),
         ("x" * 300 + ".png", "cannot be written (File name too long)"),
         ("folder.png", "is a folder"),
@@ -134,13 +135,13 @@ def test_too_much_text_for_exif_is_an_error(tmp_path: Path) -> None:
 
 
 def _picture_without_settings(path: Path) -> None:
-    PICTURE.save(path)
+    PICTURE.image.save(path)
 
 
 def _broken_settings(path: Path) -> None:
-    info = provenance.PngInfo()
-    info.add_text(provenance.KEY, "[" * 200_000)
-    PICTURE.save(path, pnginfo=info)
+    info = media.PngInfo()
+    info.add_text(media.KEY, "[" * 200_000)
+    PICTURE.image.save(path, pnginfo=info)
 
 
 def _cut_off(path: Path) -> None:
@@ -149,9 +150,9 @@ def _cut_off(path: Path) -> None:
 
 
 def _huge_text(path: Path) -> None:
-    info = provenance.PngInfo()
-    info.add_text(provenance.KEY, "x" * (8 << 20), zip=True)
-    PICTURE.save(path, pnginfo=info)
+    info = media.PngInfo()
+    info.add_text(media.KEY, "x" * (8 << 20), zip=True)
+    PICTURE.image.save(path, pnginfo=info)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,6 @@ def test_reading_what_is_not_ours(tmp_path: Path, make: Any, message: str) -> No
 
 def test_reading_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(PICTURE, tmp_path / "a.png", MADE_WITH)
-    monkeypatch.setattr(provenance, "READ_LIMIT", 10)
+    monkeypatch.setattr(media, "READ_LIMIT", 10)
     with pytest.raises(ConfigError, match="larger than"):
         read(tmp_path / "a.png")
