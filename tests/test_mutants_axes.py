@@ -232,4 +232,5 @@ def _forget() -> None:
 
     shapes.unit_mask.cache_clear()
     decide.floor_note.cache_clear()
+    decide._places_on.cache_clear()
     recipe._at.cache_clear()

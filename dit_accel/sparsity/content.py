@@ -51,15 +51,24 @@ def by_importance(
     padded = torch.nn.functional.pad(along, (0, -n % segment), value=float("-inf")).unflatten(-1, (-1, segment))
     place = padded.argsort(dim=-1, descending=True, stable=True)
     place = (place + torch.arange(0, place.shape[-2], device=q.device)[:, None] * segment).flatten(-2)[..., :n]
-    sizes = [min(tiling.unit, segment - at) for at in range(0, segment, tiling.unit)] * (n // segment)
-    sizes += [min(tiling.unit, n % segment - at) for at in range(0, n % segment, tiling.unit)]
-    text = _text_slots(tiling.layout, tiling.block_k, q.device)
-    units_k = torch.tensor(sizes, device=q.device)[None, None]
     return Cut(
         tiling.layout.length,
         tiling.on(q.device).cut.q,
-        from_sorted(curve[place].int(), units_k, tiling.block_k, text),
+        from_sorted(
+            curve[place].int(),
+            _segment_sizes(n, segment, tiling.unit, q.device),
+            tiling.block_k,
+            _text_slots(tiling.layout, tiling.block_k, q.device),
+        ),
     )
+
+
+@lru_cache(maxsize=64)
+def _segment_sizes(n: int, segment: int, unit: int, device: torch.device) -> torch.Tensor:
+    """Return the tokens of each unit where `n` tokens are cut into segments and those into units, [1, 1, units]."""
+    sizes = [min(unit, segment - at) for at in range(0, segment, unit)] * (n // segment)
+    sizes += [min(unit, n % segment - at) for at in range(0, n % segment, unit)]
+    return torch.tensor(sizes, device=device)[None, None]
 
 
 @lru_cache(maxsize=64)

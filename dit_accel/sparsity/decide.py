@@ -80,7 +80,7 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
     if recipe.select.geometric:
         share = None if recipe.select.asked is None else grid_share(inputs.layout, recipe.select.asked)
         keep = keep & (recipe.select.kind != "none")
-        chosen = keep | torch.from_numpy(shapes.unit_mask(tiles, recipe.select, share)).to(device)[None, None]
+        chosen = keep | _places_on(tiles, recipe.select, share, device)
     else:
         worth = score(Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias), recipe.score)
         chosen = _select(recipe.select, inputs.layout, cut, worth, keep)
@@ -193,8 +193,15 @@ def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
     return float((keep * np.outer(tokens, tokens)).sum())
 
 
+@lru_cache(maxsize=64)
+def _places_on(tiles: Tiling, select: Select, share: float | None, device: torch.device) -> torch.Tensor:
+    """Return a rule of places on a device, bool [1, 1, units, units], uploaded once."""
+    return torch.from_numpy(shapes.unit_mask(tiles, select, share)).to(device)[None, None]
+
+
+@lru_cache(maxsize=64)
 def keep_mask(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tensor:
-    """Return the unit pairs that are computed whatever their score, bool [units, units]."""
+    """Return the unit pairs that are computed whatever their score, bool [units, units], made once a device."""
     mask = torch.zeros(tiling.units, tiling.units, dtype=torch.bool, device=device)
     if keeps.own:
         mask |= torch.eye(tiling.units, dtype=torch.bool, device=device)

@@ -44,11 +44,13 @@ def _losses(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs:
     values = inputs.v.transpose(1, 2).float()
     lost = [torch.zeros(values.shape[:2], device=values.device) for _ in options]
     whole = torch.zeros_like(lost[0])
+    # the options lie alike for all samples and heads
+    owners = [[side.unit_of_token(cut.length)[0, 0] for side in (cut.q, cut.k)] for cut, _ in options]
     for run, weights in rows.attention(inputs.q, inputs.k, sampled, inputs.scale, inputs.bias):
         exact = weights @ values
         whole += exact.square().sum((-1, -2)) if config.loss == "output" else len(run)
-        for total, (cut, mask) in zip(lost, options, strict=True):
-            kept = weights * _visible(cut, mask, run)
+        for total, (_, mask), (query, key) in zip(lost, options, owners, strict=True):
+            kept = weights * mask[:, :, query[run]][..., key]
             held = kept.sum(-1, keepdim=True)
             if config.loss == "mass":
                 total += (1 - held).sum((-1, -2))
@@ -56,12 +58,6 @@ def _losses(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs:
                 out = kept @ values / held.clamp(min=torch.finfo(held.dtype).tiny)
                 total += (out - exact).square().sum((-1, -2))
     return [total / whole.clamp(min=torch.finfo(whole.dtype).tiny) for total in lost]
-
-
-def _visible(cut: Cut, mask: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
-    """Spell the rows `run` of a unit mask out over tokens, bool [B|1, H|1, rows, keys]."""
-    query, key = (side.unit_of_token(cut.length)[0, 0] for side in (cut.q, cut.k))  # options lie alike for all heads
-    return mask[:, :, query[run]][..., key]
 
 
 def _density(cut: Cut, mask: torch.Tensor) -> torch.Tensor:
