@@ -266,3 +266,71 @@ def test_sampled_rows_cover_the_grid() -> None:
     for axis, parts, size in ((0, 4, 1), (1, 4, 4), (2, 4, 6)):
         counts = [sum(p is not None and p[axis] // size == part for p in places) for part in range(parts)]
         assert min(counts) > len(tokens) / parts / 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_zipvl(layout: TokenLayout) -> None:
+    """Keys sorted by the sampled rows' attention; the fewest units that hold p of it serve all rows."""
+    _, plan, q, k, _ = made(resolve("zipvl", p=0.7, **SMALL), layout, structured=True)
+    sampled = rows.sample(layout, 64, torch.device("cpu")).tolist()
+    for b, h in SAMPLES:
+        mass = weights(q[b, sampled, h], k[b, :, h]).mean(0)
+        keys = cut(sorted(along(layout, "gilbert"), key=lambda t: -float(mass[t])), 16)
+        taken = top_p(torch.stack([mass[unit].sum() for unit in keys]), 0.7)
+        assert taken == set(range(len(taken)))  # sorted: the first ones
+        queries = cut(along(layout, "gilbert"), 16)
+        expect_groups(plan.to_mask()[b, h], queries, keys, {(r, c) for r in range(len(queries)) for c in taken})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_double_sparsity(layout: TokenLayout, share: float) -> None:
+    """Products on the channels of largest mean |q||k|; a unit pair is worth its largest; top-k of each row."""
+    _, plan, q, k, _ = made(resolve("double-sparsity", density=0.4, share=share, **SMALL), layout, structured=True)
+    groups = cut(along(layout, "gilbert"), 16)
+    sizes = [len(g) for g in groups]
+    count = round(share * 16)
+    for b, h in SAMPLES:
+        weight = (q[b, :, h].abs() * k[b, :, h].abs()).mean(0)
+        kept = sorted(range(16), key=lambda c: -float(weight[c]))[:count]
+        products = q[b, :, h][:, kept] @ k[b, :, h][:, kept].T / math.sqrt(count)
+        chosen = set()
+        for r, queries in enumerate(groups):
+            worth = torch.stack([products[torch.tensor(queries)[:, None], torch.tensor(g)].max() for g in groups])
+            order = [r, *(c for c in stable(worth) if c != r)]
+            chosen |= {(r, c) for c in fill(order, sizes, grid_share(layout, 0.4) * sum(sizes))} | {(r, r)}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_paro(layout: TokenLayout) -> None:
+    """Each head takes the one of six axis orders whose best blocks, by exact sums, hold most of the attention."""
+    _, plan, q, k, _ = made(resolve("paro", density=0.4, **SMALL), layout, structured=True)
+    grid = torch.tensor(on_grid(layout)).view(layout.main.shape)
+    share, sampled = grid_share(layout, 0.4), rows.sample(layout, 64, torch.device("cpu"))
+    taken = set()
+    for b, h in SAMPLES:
+        exact = weights(q[b, :, h], k[b, :, h])
+        best = (-1.0, 0, torch.empty(0))
+        for order, axes in enumerate(["fhw", "fwh", "hfw", "hwf", "wfh", "whf"]):
+            groups = cut(grid.permute(*["fhw".index(a) for a in axes]).flatten().tolist(), 16)
+            sizes = [len(g) for g in groups]
+            pairs = [(r, c) for r in range(len(groups)) for c in range(len(groups))]
+            at = {(r, c): (torch.tensor(groups[r])[:, None], torch.tensor(groups[c])) for r, c in pairs}
+            score = {pair: float(exact[at[pair]].sum(-1).mean()) for pair in pairs}
+            ranked = sorted(range(len(pairs)), key=lambda i: -score[pairs[i]])
+            kept = fill(ranked, [sizes[r] * sizes[c] for r, c in pairs], share * sum(sizes) ** 2)
+            chosen = {pairs[i] for i in kept}
+            for r in range(len(groups)):  # no row stays empty
+                if not any(p[0] == r for p in chosen):
+                    chosen.add(max((p for p in pairs if p[0] == r), key=lambda p: score[p]))
+            mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
+            mask[grid.flatten()[:, None], grid.flatten()] = False
+            for pair in chosen:
+                mask[at[pair]] = True
+            held = float((exact * mask)[sampled].sum())
+            if held > best[0] + 1e-9:
+                best = (held, order, mask)
+        taken.add(best[1])
+        assert torch.equal(plan.to_mask()[b, h], best[2])
+    assert len(taken) > 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
+import tiny
 import torch
 from restate import boxes, cut, expect_groups, fill, made, means, on_grid, weights
 
@@ -321,3 +323,80 @@ def test_words_are_used() -> None:
     assert fill([0, 1, 2], [4, 4, 4], 6) == {0, 1}
     expect_groups(torch.eye(2, dtype=torch.bool), [[0], [1]], [[0], [1]], {(0, 0), (1, 1)})
     assert TILES["picture"] == (1, 4, 4)
+
+
+# A budget over heads -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["duo", "moa"])
+@pytest.mark.parametrize("budget", [0.35, 0.6])
+def test_a_budget_goes_to_the_heads_that_lose_most(name: str, budget: float) -> None:
+    """No other choice of patterns costs as little and loses less: all of them are tried."""
+    layout = TokenLayout(grid=(4, 8, 8))
+    _, plan, q, k, v = made(resolve(name, density=budget, sinks=0, **SMALL), layout, heads=5, structured=True)
+    raster = cut(on_grid(layout), 16)
+    shares = {"duo": [0.1, 1.0], "moa": [0.1, 0.2, 0.35, 0.5, 0.75]}[name]
+    options = [spelled(layout, raster, band(raster, share)) for share in shares]
+    sampled, mask = rows.sample(layout, 64, torch.device("cpu")), plan.to_mask()
+    costs = [float(option.float().mean()) for option in options]
+    for b in range(2):
+        losses = []
+        for h in range(5):
+            exact = weights(q[b, sampled, h], k[b, :, h])
+            whole = exact @ v[b, :, h].double()
+            kept = [exact * option[sampled] for option in options]
+            outs = [x @ v[b, :, h].double() / x.sum(-1, keepdim=True) for x in kept]
+            losses.append([float((out - whole).square().sum() / whole.square().sum()) for out in outs])
+        chosen = [next(i for i, option in enumerate(options) if torch.equal(mask[b, h], option)) for h in range(5)]
+        spent = sum(costs[i] for i in chosen)
+        lost = sum(losses[h][i] for h, i in enumerate(chosen))
+        assert abs(spent / 5 - budget) < 0.1
+        for other in itertools.product(range(len(options)), repeat=5):
+            if sum(costs[i] for i in other) <= spent + 1e-9:
+                assert sum(losses[h][i] for h, i in enumerate(other)) >= lost - 1e-6
+
+
+def test_few_heads_divide_a_budget_roughly_and_say_so() -> None:
+    layout = TokenLayout(grid=(4, 8, 8))
+    _, plan, *_ = made(resolve("duo", density=0.3, sinks=0, **SMALL), layout, heads=2)
+    assert "2 heads with patterns of" in plan.note
+
+
+# The residual of the last full step --------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_rettention(layout: TokenLayout) -> None:
+    """Full steps keep share and rest; between them out = share x sparse + rest, the share growing step by step."""
+    recipe = resolve("rettention", density=0.3, **SMALL).override(
+        correct={"kind": "residual", "every": 3, "growth": 0.1}
+    )
+    state, g = dit_accel.AttentionState(), torch.Generator().manual_seed(4)
+    share = rest = torch.empty(0)
+    for step in range(5):
+        q, k, v = (torch.randn(2, layout.length, 2, 16, generator=g) for _ in range(3))
+        out, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, state=state, return_plan=True)
+        logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 4
+        sums = logits.exp()
+        mask = plan.to_mask()
+        dense = (sums / sums.sum(-1, keepdim=True)) @ v.transpose(1, 2).double()
+        sparse = (sums * mask / (sums * mask).sum(-1, keepdim=True)) @ v.transpose(1, 2).double()
+        if step % 3 == 0:
+            share = ((sums * mask).sum(-1) / sums.sum(-1))[..., None]
+            rest = dense - share * sparse
+            gold = dense
+            assert plan.measures
+            assert float(plan.density()) == 1
+        else:
+            share = share + 0.1
+            gold = share * sparse + rest
+            assert float(plan.density()) < 0.5
+        torch.testing.assert_close(out.transpose(1, 2).double(), gold, rtol=1e-4, atol=1e-5)
+
+
+def test_full_steps_are_in_the_report_with_their_reason() -> None:
+    pipe, call = tiny.flux()
+    recipe = resolve("rettention", density=0.3, dense_steps=0, **SMALL)
+    with dit_accel.accelerate(pipe, recipe) as handle:
+        tiny.generate(pipe, call, steps=7)
+        report = handle.report()
+    full = [row for row in report.rows if row.reason == "a full step measures what is missing"]
+    assert {row.steps for row in full} == {"0, 5"}
+    assert report.density < 0.5 < report.overall_density
+    assert report.state_bytes > 0

@@ -43,13 +43,7 @@ def stale_plan(patch: pytest.MonkeyPatch) -> None:
 
 
 def state_survives_the_run(patch: pytest.MonkeyPatch) -> None:
-    original = planner.Planner._by_content
-
-    def never_cleared(self: Any, recipe: Any, call: Any) -> Any:
-        self._run = call.step.run
-        return original(self, recipe, call)
-
-    patch.setattr(planner.Planner, "_by_content", never_cleared)
+    patch.setattr(planner.Planner, "_forget_run", lambda self: None)
 
 
 def dropped_text(patch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def mass_not_taken_off(patch: pytest.MonkeyPatch) -> None:
 
 def delta_of_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
     original = correct.Delta.apply
-    patch.setattr(correct.Delta, "apply", lambda self, out, *rest: 2 * out - original(self, out, *rest))
+    patch.setattr(correct.Delta, "apply", lambda self, out, lse, given: 2 * out - original(self, out, lse, given))
 
 
 def stale_decision(patch: pytest.MonkeyPatch) -> None:

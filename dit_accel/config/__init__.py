@@ -2,10 +2,11 @@
 
 from .base import Config
 from .check import build
-from .correct import CentroidCorrect, Correct, DeltaCorrect, MassCorrect
+from .correct import CentroidCorrect, Correct, DeltaCorrect, MassCorrect, ResidualCorrect
 from .files import read_file, write_file
 from .heads import HeadChoice, Option
 from .order import (
+    Axes,
     AxesOrder,
     GilbertOrder,
     HilbertOrder,
@@ -19,9 +20,11 @@ from .order import (
 from .recipe import AXES, Case, Recipe
 from .score import (
     AntidiagonalScore,
+    ChannelScore,
     GeometryScore,
     MassScore,
     PooledScore,
+    SampledScore,
     Score,
     SubtileScore,
 )
@@ -46,10 +49,12 @@ __all__ = [
     "AXES",
     "AllSelect",
     "AntidiagonalScore",
+    "Axes",
     "AxesOrder",
     "BandSelect",
     "Case",
     "CentroidCorrect",
+    "ChannelScore",
     "ColumnSelect",
     "Config",
     "Correct",
@@ -74,6 +79,8 @@ __all__ = [
     "RadialSelect",
     "RasterOrder",
     "Recipe",
+    "ResidualCorrect",
+    "SampledScore",
     "Score",
     "Select",
     "StaticOrder",

@@ -30,4 +30,16 @@ class DeltaCorrect(Config, frozen=True):
     stride: Annotated[int, Field(ge=2, le=1024)] = 64
 
 
-Correct = Annotated[CentroidCorrect | MassCorrect | DeltaCorrect, Field(discriminator="kind")]
+class ResidualCorrect(Config, frozen=True):
+    """One step in `every` is computed in full and says what the others miss.
+
+    It keeps each query's share of attention that the plan computes, which grows by `growth` at each step after, and
+    the rest of the output.
+    """
+
+    kind: Literal["residual"] = "residual"
+    every: Annotated[int, Field(ge=2, le=1000)] = 5
+    growth: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.04
+
+
+Correct = Annotated[CentroidCorrect | MassCorrect | DeltaCorrect | ResidualCorrect, Field(discriminator="kind")]

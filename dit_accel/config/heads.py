@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Config, Count
+from .base import Config, Count, Density
 from .order import Order, RasterOrder
 from .score import GeometryScore, Score
 from .select import Select
@@ -25,7 +25,8 @@ class HeadChoice(Config, frozen=True):
 
     `loss`: "output" is the mean squared error of the output, over the mean square of the exact one; "mass" the
     attention left out. `price`: added per computed share of pairs. `limit`: a head whose every option loses more
-    is computed in full.
+    is computed in full. `budget`: the price is instead the one at which the heads of a sample together compute that
+    share of their pairs.
     """
 
     options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=16, strict=False)]
@@ -33,3 +34,4 @@ class HeadChoice(Config, frozen=True):
     loss: Literal["output", "mass"] = "output"
     price: Annotated[float, Field(ge=0, strict=False)] = 0.0
     limit: Annotated[float, Field(gt=0, strict=False)] | None = None
+    budget: Density | None = None

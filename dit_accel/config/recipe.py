@@ -92,8 +92,8 @@ class Recipe(Config, frozen=True):
                 _check_axes(option.order, option.score, option.select, self.keeps, option=True)
         if self.correct is not None and self.correct.kind == "pooled-mass" and self.score.kind != "pooled":
             raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
-        if self.heads is not None and self.correct is not None and self.correct.kind != "delta":
-            raise ValueError("heads that choose among patterns can only be corrected by 'delta'")
+        if self.heads is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
+            raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
         return self
 
     @property
@@ -101,6 +101,8 @@ class Recipe(Config, frozen=True):
         """The asked density, None where the rule itself decides."""
         if self.heads is None:
             return self.select.asked
+        if self.heads.budget is not None:
+            return self.heads.budget
         asked = {option.select.asked for option in self.heads.options} - {None}
         return asked.pop() if len(asked) == 1 else None
 
@@ -118,7 +120,8 @@ class Recipe(Config, frozen=True):
     @property
     def stateful(self) -> bool:
         """Whether anything is kept between calls."""
-        return self.reuses or self.order.kind == "kmeans"
+        residual = self.correct is not None and self.correct.kind == "residual"
+        return self.reuses or self.order.kind == "kmeans" or residual
 
     def at(self, site: int, sites: int, share: float) -> Recipe:
         """Return the recipe as its cases make it at one site of `sites` and one share of the run."""
@@ -148,7 +151,9 @@ class Recipe(Config, frozen=True):
     def _with_density(self, data: dict[str, Any], density: Any) -> dict[str, Any]:
         """Ask the selection, and those of all options and cases, for a density."""
         out = {**data, "select": self.select.with_density(density)}
-        if self.heads is not None and any(o.select.asked for o in self.heads.options):
+        if self.heads is not None and self.heads.budget is not None:
+            out["heads"] = {**data["heads"], "budget": density}
+        elif self.heads is not None and any(o.select.asked for o in self.heads.options):
             # options of fixed size, such as everything and nothing, would miss the density
             options = [o for o in self.heads.options if o.select.asked]
             asked = tuple({**o.model_dump(), "select": o.select.with_density(density)} for o in options)
@@ -185,6 +190,8 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
     if select.kind in ("top-p", "cumulative") and score.kind == "geometry":
         raise ValueError(f"select {select.kind!r} adds up shares of a score, so it needs score 'pooled'")
     content = order.kind in ("importance", "kmeans")
+    if score.kind == "sampled" and order.kind == "kmeans":
+        raise ValueError("score 'sampled' ranks keys alone, so the order cannot be 'kmeans'")
     if content and (select.geometric or score.kind == "geometry"):
         raise ValueError(f"order {order.kind!r} follows the content, so select and score must too")
     if order.kind == "kmeans" and score.kind not in ("pooled",):

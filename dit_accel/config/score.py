@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Config
+from .base import Config, Count
 
 
 class GeometryScore(Config, frozen=True):
@@ -51,6 +51,24 @@ class MassScore(Config, frozen=True):
     kind: Literal["mass"] = "mass"
 
 
+class SampledScore(Config, frozen=True):
+    """The attention that `rows` sampled queries give a key unit: the same for all query units."""
+
+    kind: Literal["sampled"] = "sampled"
+    rows: Count = 64
+
+
+class ChannelScore(Config, frozen=True):
+    """The largest product of a unit pair over the `share` of channels that weigh most, as a softmax over key units.
+
+    Every query meets every key, on few channels: decide rarely.
+    """
+
+    kind: Literal["channels"] = "channels"
+    share: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.25
+
+
 Score = Annotated[
-    GeometryScore | PooledScore | SubtileScore | AntidiagonalScore | MassScore, Field(discriminator="kind")
+    GeometryScore | PooledScore | SubtileScore | AntidiagonalScore | MassScore | SampledScore | ChannelScore,
+    Field(discriminator="kind"),
 ]

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import Correct, DeltaCorrect, MassCorrect
+from ..config import Correct, DeltaCorrect, MassCorrect, ResidualCorrect
+from ..errors import PlanError
 from ..kernels.pooled import pooled_attention
 from .content import text_tokens
 from .cut import Cut, Side
 from .inputs import Inputs
-from .plan import Plan
+from .plan import Branch, Operands, Plan, from_units
 from .scores import grid_means, grid_weights
 
 
 def corrected(plan: Plan, config: Correct | None, cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Plan:
     """Add a correction to a plan; `mask` bool [B|1, H|1, query units, key units] says what the plan computes."""
-    if config is None:
+    if config is None or isinstance(config, ResidualCorrect):  # the latter needs what its planner keeps
         return plan
     if isinstance(config, DeltaCorrect):
         return replace(plan, fixes=(*plan.fixes, delta(cut.q, cut.length, config.stride)))
@@ -41,9 +42,9 @@ class PooledBranch:
     allowed: torch.Tensor
     row: torch.Tensor
 
-    def run(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S]."""
-        return pooled_attention(q, self.k, self.v, self.tokens, self.allowed, self.row, scale)
+        return pooled_attention(given.q, self.k, self.v, self.tokens, self.allowed, self.row, given.scale)
 
 
 def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
@@ -69,8 +70,7 @@ class Blend:
     rest: torch.Tensor
     unit: torch.Tensor
 
-    def apply(self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-              bias: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    def apply(self, out: torch.Tensor, lse: torch.Tensor, given: Operands) -> torch.Tensor:
         """Return the changed output, [B, S, H, D]."""
         b, h, _, d = self.rest.shape
         unit = self.unit.expand(b, h, -1)
@@ -129,14 +129,14 @@ class Delta:
     rows: torch.Tensor
     group: torch.Tensor
 
-    def apply(self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-              bias: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    def apply(self, out: torch.Tensor, lse: torch.Tensor, given: Operands) -> torch.Tensor:
         """Return the changed output, [B, S, H, D]."""
         b, s, h, d = out.shape
         rows = self.rows.expand(b, h, -1)[..., None].expand(-1, -1, -1, d)
-        mask = None if bias is None else bias[:, :, None].to(q.dtype)
+        mask = None if given.bias is None else given.bias[:, :, None].to(out.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (given.q, given.k, given.v))
         exact = torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2).gather(2, rows), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+            q.gather(2, rows), k, v, attn_mask=mask, scale=given.scale
         )
         moved = exact - out.transpose(1, 2).gather(2, rows)
         group = self.group.expand(b, h, s)[..., None].expand(-1, -1, -1, d)
@@ -156,3 +156,56 @@ def delta(side: Side, length: int, stride: int) -> Delta:
     where = torch.where(side.slots < 0, length, side.slots).long()
     group = torch.zeros(*where.shape[:2], length + 1, dtype=torch.int64, device=rows.device)
     return Delta(rows.clamp(min=0).long(), group.scatter_(-1, where, ids.expand_as(where))[..., :length])
+
+
+# Residual ----------------------------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class Missing:
+    """What one site and branch keeps of its last full step: each query's computed share of attention, and the rest.
+
+    `share` float32 [B, H, S], `rest` [B, S, H, D]; None until the full step has run.
+    """
+
+    step: int
+    share: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.share, self.rest) if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """Measure what the plan misses (with `full`, the branches of every pair), or add what was measured."""
+
+    missing: Missing
+    growth: float
+    full: tuple[Branch, ...] = ()
+
+    def apply(self, out: torch.Tensor, lse: torch.Tensor, given: Operands) -> torch.Tensor:
+        """Return the full output, or the computed one scaled and completed, [B, S, H, D]."""
+        kept = self.missing
+        if self.full:
+            everything, whole = self.full[0].run(given)
+            kept.share = (lse - whole).exp()
+            kept.rest = everything - (kept.share.transpose(1, 2)[..., None] * out).to(out.dtype)
+            return everything
+        if kept.share is None or kept.rest is None:
+            raise PlanError("residual: the full step that measures what is missing was planned but never ran.")
+        kept.share = kept.share + self.growth
+        return (kept.share.transpose(1, 2)[..., None] * out).to(out.dtype) + kept.rest
+
+
+def residual(plan: Plan, config: ResidualCorrect, cut: Cut, missing: Missing, measure: bool) -> Plan:
+    """Add the residual of the last full step, or make this step the full one.
+
+    Re-ttention, Chen et al. 2025: out = share x sparse + rest, the share growing by `growth` a step. There after the
+    output projection, with full attention maps; here before it, from the log-sum-exps of both.
+    """
+    if not measure:
+        return replace(plan, fixes=(*plan.fixes, Residual(missing, config.growth)))
+    everything = torch.ones(1, 1, cut.q.units, cut.k.units, dtype=torch.bool, device=cut.q.slots.device)
+    whole = from_units(everything, cut)
+    fix = Residual(missing, config.growth, whole.branches)
+    return replace(plan, fixes=(*plan.fixes, fix), pairs=whole.pairs, measures="a full step measures what is missing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -137,8 +138,8 @@ def grid_share(layout: TokenLayout, density: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def floor_note(recipe: Recipe, layout: TokenLayout) -> str:
-    """Say in plain words when the asked density cannot be met on this layout, else ''."""
+def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
+    """Say in plain words when the asked density cannot be met on this layout by so many heads, else ''."""
     asked = recipe.density
     if asked is None:
         return ""
@@ -153,13 +154,23 @@ def floor_note(recipe: Recipe, layout: TokenLayout) -> str:
     units = _key_units(recipe, layout)
     if 0.5 / units > 0.2 * asked:
         return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
-    nearest = _nearest_option(recipe, layout)
-    if nearest is not None and abs((text_share + nearest * (1 - text_share)) / asked - 1) > 0.2:
-        met = text_share + nearest * (1 - text_share)
+    sizes = _option_sizes(recipe, layout)
+    if not sizes:
+        return ""
+    met = min(sizes, key=lambda size: abs(size - asked))
+    if recipe.heads is not None and recipe.heads.budget is not None and min(sizes) < asked:
+        apart = max(b - a for a, b in pairwise(sizes))
+        rough = apart / 2 / heads > 0.2 * asked
         return (
-            f"asked density {asked:g}: the nearest size that the patterns of {recipe.name!r} have here takes {met:.2f}"
+            f"asked density {asked:g}: {heads} heads with patterns of {_listed(sizes)} meet it roughly" if rough else ""
         )
+    if abs(met / asked - 1) > 0.2:
+        return f"asked density {asked:g}: the patterns of {recipe.name!r} take {_listed(sizes)} on this grid"
     return ""
+
+
+def _listed(sizes: list[float]) -> str:
+    return ", ".join(f"{size:.2f}" for size in sizes)
 
 
 def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
@@ -169,18 +180,21 @@ def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
     return int(tiles.grid.sum())
 
 
-def _nearest_option(recipe: Recipe, layout: TokenLayout) -> float | None:
-    """Return the share of the grid's pairs that a head's patterns of places take, nearest to the asked one."""
-    if recipe.heads is None or recipe.density is None:
-        return None
-    share = grid_share(layout, recipe.density)
-    shares = []
+def _option_sizes(recipe: Recipe, layout: TokenLayout) -> list[float]:
+    """Return the densities of the patterns of places among which heads choose, smallest first."""
+    if recipe.heads is None:
+        return []
+    cells, sizes = layout.length - layout.text, set[float]()
     for index in range(len(recipe.heads.options)):
         here = option(recipe, index)
-        if here.select.geometric and here.select.asked is not None:
+        if here.select.geometric:
             tiles = tiling_for(here, layout)
-            shares.append(shapes.share_of(shapes.unit_mask(tiles, here.select, share), shapes.sizes(tiles)))
-    return min(shares, key=lambda got: abs(got - share)) if shares else None
+            share = None if here.select.asked is None else grid_share(layout, here.select.asked)
+            mask = shapes.unit_mask(tiles, here.select, share)
+            keep = keep_mask(tiles, recipe.keeps, torch.device("cpu")).numpy()[tiles.grid][:, tiles.grid]
+            got = shapes.share_of(mask | keep, shapes.sizes(tiles))
+            sizes.add(1 + (got - 1) * (cells / layout.length) ** 2)
+    return sorted(sizes)
 
 
 def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:

@@ -16,13 +16,15 @@ def choose(
     """Return the cut and unit mask in which each head has its own option, and which heads compute nothing.
 
     Sparse VideoGen, Xi et al. 2025, chooses between two bands by the output's mean squared error on 64 rows at every
-    call; Sparse-vDiT, Chen et al. 2025, among five patterns by error and cost, offline. Both have one form here: the
-    least loss + price x density, over rows spread over the grid. A head of which every option loses more than the
-    limit, or whose losses are not finite, computes everything.
+    call; Sparse-vDiT, Chen et al. 2025, among five patterns by error and cost, offline; MoA, Fu et al. 2024, and
+    DuoAttention, Xiao et al. 2024, divide a budget among heads. All have one form here: the least loss + price x
+    density, over rows spread over the grid, the price given or such that it spends the budget. A head of which every
+    option loses more than the limit, or whose losses are not finite, computes everything.
     """
     losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
     computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
-    best = (losses + config.price * computed).argmin(0)
+    price = config.price if config.budget is None else _price(losses, computed, config.budget)
+    best = (losses + price * computed).argmin(0)
     unsure = ~torch.isfinite(losses).all(0)
     if config.limit is not None:
         unsure |= (losses > config.limit).all(0)
@@ -36,6 +38,25 @@ def choose(
     )
     mask = _pick([_grown(mask, cut.q.units, cut.k.units) for _, mask in options], best)
     return cut, mask, ~mask.any(-1).any(-1)
+
+
+def _price(losses: torch.Tensor, computed: torch.Tensor, budget: float) -> torch.Tensor:
+    """Find the price of density at which the heads of each sample come nearest to the budget, [B, 1], by bisection.
+
+    At any price the choice is the best one of its own cost, so no head could be served better for the same total.
+    """
+    low = torch.full_like(losses[0, :, :1], 1e-6)
+    high = torch.full_like(low, 1e6)
+
+    def spent(price: torch.Tensor) -> torch.Tensor:
+        best = (losses + price * computed).argmin(0, keepdim=True)
+        return computed.gather(0, best)[0].mean(-1, keepdim=True)
+
+    for _ in range(32):
+        middle = (low * high).sqrt()
+        over = spent(middle) > budget
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    return torch.where(spent(low) - budget < budget - spent(high), low, high)
 
 
 def _losses(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> list[torch.Tensor]:

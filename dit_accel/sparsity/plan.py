@@ -10,8 +10,19 @@ import torch
 from PIL import Image
 
 from ..errors import PlanError
-from ..kernels.block_sparse import Predicate
+from ..kernels.block_sparse import Predicate, block_sparse_attention
 from .cut import Cut
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What a plan is run on: `q`, `k`, `v` [B, S, H, D], the factor of the logits, a bias [B|1, H|1, keys]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +51,24 @@ class Branch:
         tensors = (self.index, self.count, self.full_count, self.q_order, self.k_order, self.key_bias)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the branch; return out [B, S, H, D] and lse [B, H, S]."""
+        return block_sparse_attention(
+            given.q,
+            given.k,
+            given.v,
+            self.index,
+            self.count,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            full_count=self.full_count,
+            q_order=self.q_order,
+            k_order=self.k_order,
+            key_bias=_add(self.key_bias, given.bias),
+            predicate=self.predicate,
+            scale=given.scale,
+        )
+
     def block_mask(self, key_blocks: int) -> torch.Tensor:
         """Return which blocks are computed, bool [B|1, H|1, query blocks, key blocks]."""
         used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
@@ -52,21 +81,13 @@ class Branch:
 class Pooled(Protocol):
     """A further branch over pooled keys: it stands for pairs that are not computed."""
 
-    def run(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Fix(Protocol):
-    """A change of the merged output."""
+    """A change of the merged output [B, S, H, D], which came with the log-sum-exps [B, H, S]."""
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor: ...
+    def apply(self, out: torch.Tensor, lse: torch.Tensor, given: Operands) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +96,7 @@ class Plan:
 
     No branches means dense: every pair, by the stock attention. `pairs` is the number of computed pairs per
     (batch, head) as a tensor, so that the density can be had without waiting for the device. `pooled` and `fixes` are
-    what a correction adds; they compute no pairs.
+    what a correction adds; they compute no pairs. `measures` says why a call is computed in full all the same.
     """
 
     queries: int
@@ -85,6 +106,7 @@ class Plan:
     note: str = ""
     pooled: tuple[Pooled, ...] = ()
     fixes: tuple[Fix, ...] = ()
+    measures: str = ""
 
     @property
     def dense(self) -> bool:
@@ -211,6 +233,10 @@ def _one(x: torch.Tensor, sample: int, head: int) -> torch.Tensor:
         if asked < 0 or (size > 1 and asked >= size):
             raise PlanError(f"plan: it has {size} {what}, number {asked} was asked for.")
     return x[min(sample, x.shape[0] - 1), min(head, x.shape[1] - 1)]
+
+
+def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return a + b if a is not None and b is not None else a if a is not None else b
 
 
 def _admitted(predicate: Predicate, like: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import DiskSelect, NeighborhoodSelect, Recipe
+from ..config import DiskSelect, NeighborhoodSelect, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
 from .content import Centroids
-from .correct import corrected
+from .correct import Missing, corrected, residual
 from .crossover import slower_reason
 from .cut import Cut
 from .decide import Decision, decide, floor_note, grid_share, tiling_for
@@ -33,12 +33,13 @@ class _Kept:
     layout: TokenLayout
     shape: tuple[int, ...]
     device: torch.device
-    plan: PackedPlan | None
+    plan: PackedPlan | None = None
     warm: Centroids | None = None
+    missing: Missing | None = None
 
     @property
     def nbytes(self) -> int:
-        return (self.plan.nbytes if self.plan else 0) + (self.warm.nbytes if self.warm else 0)
+        return sum(part.nbytes for part in (self.plan, self.warm, self.missing) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,23 @@ class Planner:
         self.recipe = recipe
         self._fixed: dict[tuple[Recipe, TokenLayout, torch.device], _Fixed] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}
+        self._missing: dict[tuple[str, str], _Kept] = {}
         self._run: int | None = None
 
     def clear(self) -> None:
         """Forget everything that was decided."""
         self._fixed.clear()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._kept.clear()
+        self._missing.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes kept between steps."""
-        return sum(kept.nbytes for kept in self._kept.values()) + sum(fixed.nbytes for fixed in self._fixed.values())
+        parts = (*self._kept.values(), *self._missing.values(), *self._fixed.values())
+        return sum(part.nbytes for part in parts)
 
     def dense_reason(self, site: Site, step: StepInfo, layout: TokenLayout, x: torch.Tensor) -> str:
         """Say why the recipe leaves a call dense before its queries are known, '' if it does not.
@@ -101,10 +108,11 @@ class Planner:
 
     def plan(self, call: AttentionCall) -> Plan:
         """Return the plan of a call that `dense_reason` let through."""
+        if call.step.run != self._run:
+            self._forget_run()
+            self._run = call.step.run
         recipe = self._recipe_at(call.site, call.step)
-        if not recipe.content_driven:
-            return self._geometric(recipe, call)
-        return self._by_content(recipe, call)
+        return self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
 
     def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
         share = step.index / step.total if step.index is not None and step.total else 0.0
@@ -118,28 +126,44 @@ class Planner:
                 del self._fixed[next(iter(self._fixed))]  # the oldest
             self._fixed[key] = _fixed(recipe, call)
         fixed = self._fixed[key]
-        return corrected(fixed.plan, recipe.correct, fixed.cut, fixed.mask, _inputs(call))
+        return self._corrected(recipe, call, fixed.plan, fixed.cut, fixed.mask)
 
     # -- by content -------------------------------------------------------------------------------------------------
     def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
-        if call.step.run != self._run:
-            self._kept.clear()
-            self._run = call.step.run
         key = (_decider(recipe, call.site), call.step.branch)
         kept = self._kept.get(key)
         if kept is not None and not self._fits(kept, call):
             kept = None
         if kept is not None and kept.plan is not None and self._still_good(recipe, kept, call):
-            plan, packed = kept.plan.expand(), kept.plan
-            return corrected(plan, recipe.correct, packed.cut, packed.mask(), _inputs(call))
+            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut, kept.plan.mask())
         inputs = _inputs(call, kept.warm if kept else None)
         decision = decide(recipe, inputs)
-        note = floor_note(recipe, call.layout)
+        note = floor_note(recipe, call.layout, call.q.shape[2])
         if recipe.stateful and call.step.index is not None:
             self._keep(recipe, key, call, decision, note)
         plan = replace(from_units(decision.mask, decision.cut, decision.skip_heads), note=note)
-        return corrected(plan, recipe.correct, decision.cut, decision.mask, inputs)
+        return self._corrected(recipe, call, plan, decision.cut, decision.mask)
 
+    # -- corrections ------------------------------------------------------------------------------------------------
+    def _corrected(self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: torch.Tensor) -> Plan:
+        if not isinstance(recipe.correct, ResidualCorrect):
+            return corrected(plan, recipe.correct, cut, mask, _inputs(call))
+        key, now = (call.site.name, call.step.branch), call.step.index or 0
+        kept = self._missing.get(key)
+        if (
+            kept is None
+            or not self._fits(kept, call)
+            or kept.missing is None
+            or now - kept.step >= recipe.correct.every
+        ):
+            self._make_room(recipe, call, kept)
+            missing = Missing(now)
+            shape = tuple(call.q.shape)
+            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing)
+            return residual(plan, recipe.correct, cut, missing, measure=True)
+        return residual(plan, recipe.correct, cut, kept.missing, measure=False)
+
+    # -- what is kept -----------------------------------------------------------------------------------------------
     def _fits(self, kept: _Kept, call: AttentionCall) -> bool:
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
         return same and (call.step.index is None or call.step.index >= kept.step)
@@ -152,19 +176,23 @@ class Planner:
         return now - kept.step < recipe.every
 
     def _keep(self, recipe: Recipe, key: tuple[str, str], call: AttentionCall, decision: Decision, note: str) -> None:
-        expected = state_bytes(recipe, call.layout, call.q.shape[0], call.q.shape[2], call.q.shape[3])
-        before = self._kept.get(key)
-        if self.nbytes - (before.nbytes if before else 0) + expected > STATE_LIMIT:
-            raise PlanError(
-                f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB of plans between steps; "
-                "use every=1, larger tiles or a smaller size."
-            )
+        self._make_room(recipe, call, self._kept.get(key))
         assert call.step.index is not None
         packed = None
         if recipe.reuses:
             packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
         shape = tuple(call.q.shape)
         self._kept[key] = _Kept(call.step.index, call.layout, shape, call.q.device, packed, decision.warm)
+
+    def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:
+        """Raise PlanError when what a call is about to keep, in place of what it kept before, goes over the limit."""
+        b, _, h, d = call.q.shape
+        expected = state_bytes(recipe, call.layout, b, h, d, call.q.element_size())
+        if self.nbytes - (before.nbytes if before else 0) + expected > STATE_LIMIT:
+            raise PlanError(
+                f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB between steps; "
+                "use every=1, larger tiles, another correction or a smaller size."
+            )
 
 
 def _decider(recipe: Recipe, site: Site) -> str:
@@ -180,7 +208,7 @@ def _inputs(call: AttentionCall, warm: Centroids | None = None) -> Inputs:
 def _fixed(recipe: Recipe, call: AttentionCall) -> _Fixed:
     """Make a plan from the layout alone."""
     tiling, device = tiling_for(recipe, call.layout), call.q.device
-    cut, select, note = tiling.on(device).cut, recipe.select, floor_note(recipe, call.layout)
+    cut, select, note = tiling.on(device).cut, recipe.select, floor_note(recipe, call.layout, call.q.shape[2])
     if isinstance(select, DiskSelect) or (isinstance(select, NeighborhoodSelect) and select.per == "token"):
         share = None if select.asked is None else grid_share(call.layout, select.asked)
         plan, mask = exact_plan(tiling, select, share, device), torch.empty(0, device=device)

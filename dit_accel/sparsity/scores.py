@@ -6,11 +6,13 @@ non-finite, which selectors read as "compute it". Text is kept by rule and has n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from ..config import AntidiagonalScore, GeometryScore, MassScore, PooledScore, Score, SubtileScore
+from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
+from . import rows
 from .cut import Cut, Side
 from .rows import BYTES
 from .tiling import Tiling
@@ -38,7 +40,11 @@ def score(scene: Scene, config: Score) -> torch.Tensor:
         return pooled(scene, config)
     if isinstance(config, SubtileScore):
         return subtiles(scene, config)
-    return antidiagonal(scene, config) if isinstance(config, AntidiagonalScore) else mass(scene, config)
+    if isinstance(config, AntidiagonalScore):
+        return antidiagonal(scene, config)
+    if isinstance(config, SampledScore):
+        return sampled(scene, config)
+    return channels(scene, config) if isinstance(config, ChannelScore) else mass(scene)
 
 
 # Geometry ----------------------------------------------------------------------------------------------------------
@@ -201,26 +207,72 @@ def _summed_softmax(
     return torch.cat(out, 2)
 
 
+# From rows ---------------------------------------------------------------------------------------------------------
+def sampled(scene: Scene, config: SampledScore) -> torch.Tensor:
+    """Return the share of sampled queries' attention that each key unit gets, the same in every row.
+
+    ZipVL, He et al. 2024, arXiv 2410.08584: the fewest columns that hold a share of the probed rows' attention serve
+    all rows.
+    """
+    probes = rows.sample(scene.tiling.layout, config.rows, scene.q.device)
+    weight = rows.key_mass(scene.q, scene.k, probes, scene.scale, scene.bias)
+    side = scene.cut.k
+    total = grid_means(side.without_means(), weight.transpose(1, 2)[..., None])[..., 0] * grid_weights(side)
+    return total[:, :, None].expand(-1, -1, len(scene.cut.q.grid), -1)
+
+
 # Exact -------------------------------------------------------------------------------------------------------------
-def mass(scene: Scene, _: MassScore) -> torch.Tensor:
+def mass(scene: Scene) -> torch.Tensor:
     """Return the exact attention of each query unit to each key unit, by full attention over all keys, text included.
 
-    AdaSpa, Xia et al. 2025, arXiv 2502.21079, which finds it in two passes with a cached log-sum-exp. A few query units
-    are done at a time, so no map over token pairs is ever held.
+    AdaSpa, Xia et al. 2025, arXiv 2502.21079, which finds it in two passes with a cached log-sum-exp.
+    """
+    uploaded, length = scene.tiling.on(scene.q.device), scene.k.shape[1]
+    unit = scene.cut.k.unit_of_token(length)[0, 0]
+    gather = torch.zeros(length, scene.tiling.units, device=unit.device).scatter_(1, unit[:, None], 1.0)
+    gather = gather[:, uploaded.grid_units]
+
+    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        if scene.bias is not None:
+            logits = logits + scene.bias[:, :, None, None]
+        share = logits.softmax(-1) @ gather
+        return (share * real[..., None]).sum(3) / real.sum(-1)[:, None]
+
+    return torch.cat([part(*each) for each in _products(scene, scene.q, scene.k, scene.scale)], 2)
+
+
+def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
+    """Return the softmax over key units of the largest product of any two tokens, on a part of the channels.
+
+    Double Sparsity, Yang et al. 2024, arXiv 2408.07092: channels ranked by the mean of |q| |k| over tokens, in each
+    head; there ranked offline and for single tokens, here at each decision and for units.
     """
     uploaded, tiling = scene.tiling.on(scene.q.device), scene.tiling
+    kept = max(round(config.share * scene.q.shape[-1]), 1)
+    weight = (scene.q.float() * scene.k.float()).abs().mean(1)  # [B, H, D]
+    best = weight.topk(kept, dim=-1).indices[:, None]
+    q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
+    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units].long()
+    hole = slots < 0
+
+    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        logits = logits.masked_fill(real[..., None] == 0, float("-inf")).amax(3)
+        return logits[..., slots.clamp(min=0)].masked_fill(hole, float("-inf")).amax(-1).softmax(-1)
+
+    return torch.cat([part(*each) for each in _products(scene, q, k, kept**-0.5)], 2)
+
+
+def _products(
+    scene: Scene, q: torch.Tensor, k: torch.Tensor, scale: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the logits of a few query units to all keys, float32 [B, H, units, unit, keys], and which slots are real.
+
+    `q`, `k` [B, S, H, C]. Memory stays below `BYTES` a part, so no map over token pairs is ever held.
+    """
+    uploaded, tiling = scene.tiling.on(q.device), scene.tiling
     slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
-    b, s, h, _d = scene.k.shape
-    keys = scene.k.permute(0, 2, 3, 1).float()
-    unit = scene.cut.k.unit_of_token(s)[0, 0]
-    gather = torch.zeros(s, tiling.units, device=keys.device).scatter_(1, unit[:, None], 1.0)[:, uploaded.grid_units]
-    out = []
+    b, s, h, _ = k.shape
+    keys = k.permute(0, 2, 3, 1).float()
     for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
-        real = (part >= 0).float()
-        queries = scene.q[:, part.clamp(min=0).long().flatten()].transpose(1, 2).float()
-        logits = queries @ keys * scene.scale
-        if scene.bias is not None:
-            logits = logits + scene.bias[:, :, None]
-        share = (logits.softmax(-1) @ gather).unflatten(2, part.shape)
-        out.append((share * real[..., None]).sum(3) / real.sum(-1)[:, None])
-    return torch.cat(out, 2)
+        queries = q[:, part.clamp(min=0).long().flatten()].transpose(1, 2).float()
+        yield (queries @ keys * scale).unflatten(2, part.shape), (part >= 0).float()

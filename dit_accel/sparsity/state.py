@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from ..config import ImportanceOrder, KMeansOrder, Recipe
+from ..config import ImportanceOrder, KMeansOrder, Recipe, ResidualCorrect
 from ..layout import Grid, TokenLayout
 from .content import clusters
 from .decide import option, tiling_for
 
 
-def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim: int) -> int:
+def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim: int, itemsize: int = 4) -> int:
     """Return the most bytes that a recipe keeps per attention site and guidance branch between steps.
 
     A bit for each unit pair of each sample and head, and where heads lie apart their slots; for k-means the
-    centroids, float32, of `dim` channels.
+    centroids, float32, of `dim` channels; for residuals an output of `itemsize` and a float32 for each query.
     """
-    if not recipe.stateful:
+    total = _of_decisions(recipe, layout, batch, heads, dim)
+    if isinstance(recipe.correct, ResidualCorrect):
+        total += batch * heads * layout.length * (dim * itemsize + 4)
+    return total
+
+
+def _of_decisions(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim: int) -> int:
+    if not recipe.reuses and not isinstance(recipe.order, KMeansOrder):
         return 0
     if recipe.heads is not None:
         sizes = [tiling_for(option(recipe, i), layout) for i in range(len(recipe.heads.options))]
@@ -27,7 +34,7 @@ def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim
         return batch * heads * _of_clusters(recipe, recipe.order, layout, dim)
     bits = tiling.units * -(-tiling.units // 8)
     if not isinstance(recipe.order, ImportanceOrder):
-        return batch * heads * bits if recipe.reuses else 0
+        return batch * heads * bits
     # sorted runs may end ragged at each segment, so each unit may need a block of its own beside the tokens
     blocks, units = _blocks(layout, tiling.units, tiling.block_k)
     return batch * heads * (tiling.units * -(-units // 8) + _lying(blocks * tiling.block_k, blocks))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from ..config import (
     AllSelect,
     AntidiagonalScore,
+    Axes,
     AxesOrder,
     BandSelect,
     Case,
     CentroidCorrect,
+    ChannelScore,
     ColumnSelect,
     CumulativeSelect,
     DeltaCorrect,
@@ -30,6 +34,8 @@ from ..config import (
     RadialSelect,
     RasterOrder,
     Recipe,
+    ResidualCorrect,
+    SampledScore,
     SubtileScore,
     TileOrder,
     TopKSelect,
@@ -56,6 +62,12 @@ DFS = "DFSAttn, ICML 2026"
 VDIT = "Sparse-vDiT, Chen et al. 2025, arXiv 2506.03065"
 RECTIFIED = "Rectified SpaAttn, Liu et al. 2025"
 DELTA = "Delta Attention, Willette et al. 2025, arXiv 2505.11254"
+ZIPVL = "ZipVL, He et al. 2024, arXiv 2410.08584"
+CHANNELS = "Double Sparsity, Yang et al. 2024, arXiv 2408.07092"
+PARO = "PAROAttention, Zhao et al. 2025, arXiv 2506.16054"
+DUO = "DuoAttention, Xiao et al. 2024, arXiv 2410.10819"
+MOA = "MoA, Fu et al. 2024, arXiv 2406.14909"
+RETTENTION = "Re-ttention, Chen et al. 2025"
 TIDAL = "TidalDecode, Yang et al. 2024, arXiv 2410.05076"
 
 GRAT_TILES = TileOrder(picture=(1, 16, 16), video=(4, 8, 8))
@@ -68,9 +80,8 @@ def _by_name(*recipes: Recipe) -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in recipes}
 
 
-def _band(axes: str) -> Option:
-    order = AxesOrder(axes="fhw") if axes == "fhw" else AxesOrder(axes="hwf")
-    return Option(order=order, select=BandSelect(density=0.3))
+def _band(axes: Axes = "fhw", density: float = 0.3) -> Option:
+    return Option(order=AxesOrder(axes=axes), select=BandSelect(density=density))
 
 
 BY_PLACE = _by_name(
@@ -149,6 +160,22 @@ BY_CONTENT = _by_name(
         sources=(ADASPA,),
     ),
     Recipe(
+        name="zipvl",
+        order=ImportanceOrder(),
+        score=SampledScore(),
+        select=TopPSelect(p=0.975),
+        keeps=NOTHING,
+        sources=(ZIPVL,),
+    ),
+    Recipe(
+        name="double-sparsity",
+        order=GilbertOrder(),
+        score=ChannelScore(share=0.25),
+        select=TopKSelect(density=0.3),
+        every=5,
+        sources=(CHANNELS,),
+    ),
+    Recipe(
         name="vmoba",
         order=TileOrder(picture=(1, 8, 8), video=(4, 8, 8)),
         score=PooledScore(softmax=False),
@@ -179,6 +206,34 @@ BY_HEAD = _by_name(
         keeps=NOTHING,
         every=1000,
         sources=(VDIT,),
+    ),
+    Recipe(
+        name="paro",
+        heads=HeadChoice(
+            options=tuple(
+                Option(order=AxesOrder(axes=axes), score=MassScore(), select=PercentileSelect(density=0.3))
+                for axes in get_args(Axes)
+            ),
+            loss="mass",
+        ),
+        keeps=NOTHING,
+        decide_at=(0.2, 0.5),
+        block_q=64,
+        sources=(PARO,),
+    ),
+    Recipe(
+        name="duo",
+        heads=HeadChoice(options=(_band(density=0.1), Option(select=AllSelect())), budget=0.5),
+        keeps=Keeps(sinks=16),
+        every=1000,
+        sources=(DUO,),
+    ),
+    Recipe(
+        name="moa",
+        heads=HeadChoice(options=tuple(_band(density=d) for d in (0.1, 0.2, 0.35, 0.5, 0.75)), budget=0.5),
+        keeps=Keeps(sinks=64),
+        every=1000,
+        sources=(MOA,),
     ),
 )
 
@@ -219,6 +274,13 @@ CORRECTED = _by_name(
         select=BandSelect(density=0.2),
         correct=DeltaCorrect(stride=64),
         sources=(DELTA,),
+    ),
+    Recipe(
+        name="rettention",
+        order=AxesOrder(),
+        select=BandSelect(density=0.1),
+        correct=ResidualCorrect(every=5, growth=0.04),
+        sources=(RETTENTION,),
     ),
     Recipe(
         name="tidal",
