@@ -52,10 +52,11 @@ def _hilbert_key(points: Array, bits: int) -> Array:
 
 
 def gilbert(grid: Shape) -> Array:
-    """Return the tokens along a generalised Hilbert curve, whose steps go to neighbours on any box.
+    """Return the tokens along a generalised Hilbert curve, which fills any box without leaving it.
 
     Černý, "gilbert: space-filling curve for rectangular domains of arbitrary size" (2018); Jenga, Zhang et al. 2025
-    and Rectified SpaAttn order video tokens by it. Odd sizes may cost single diagonal steps.
+    and Rectified SpaAttn order video tokens by it. Steps go to neighbours in pictures and where all sides are even; odd
+    sides of a video cost some jumps of two or three cells.
     """
     axes = sorted(range(3), key=lambda axis: -grid[axis])  # the longest axis leads
     first, second, third = (_along(axis, grid[axis]) for axis in axes)
