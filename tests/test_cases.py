@@ -13,7 +13,7 @@ import torch
 import dit_accel
 from dit_accel.call import AttentionCall, Site
 from dit_accel.config import Case, Recipe
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, PlanError
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.recipes import resolve
@@ -21,6 +21,10 @@ from dit_accel.step import StepInfo
 
 MIXED = Path(__file__).parent.parent / "examples" / "mixed_recipe.yaml"
 LAYOUT = TokenLayout(grid=(1, 16, 16))
+HEADS = {
+    "options": [{"select": {"kind": "band", "density": 0.2}}, {"select": {"kind": "all"}}],
+    "given": [1, 0],
+}
 RECIPE: Recipe = resolve("draft", density=0.3, picture=(1, 4, 4), block_q=16, block_k=16, dense_steps=0)
 
 
@@ -93,6 +97,8 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
         ({"base": "svg1", "correct": {"kind": "centroids"}}, "can only be corrected by 'delta'"),
         ({"base": "draft", "correct": {"kind": "delts"}}, "Did you mean 'delta'?"),
         ({"base": "svg1", "heads": {"options": []}}, "at least 1 item"),
+        ({"base": "svg1", "heads": {**HEADS, "given": [2]}}, "given names option 2"),
+        ({"base": "svg1", "heads": {**HEADS, "givn": [0]}}, "Did you mean 'given'?"),
         ({"base": "svg2", "drift": 0.1}, "one order of places"),
         ({"base": "adaspa", "drift": 0.1}, "name one"),
         (
@@ -105,6 +111,24 @@ def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message:
     with pytest.raises(ConfigError) as error:
         resolve({"name": "mine", **changes})
     assert message in str(error.value)
+
+
+def test_heads_of_some_layers_mapped_by_number() -> None:
+    """The second layer's first head sees everything and its second a band; the other layers follow the recipe."""
+    mapped = {"base": "draft", "name": "mapped", "cases": [{"layers": "1:2", "heads": HEADS}]}
+    recipe = resolve(mapped, density=0.3, picture=(1, 4, 4), block_q=16, block_k=16, dense_steps=0)
+    planner = Planner(recipe)
+    assert torch.equal(mask(planner, call(0, 0, 0)), fresh(call(0, 0)))
+    here = mask(planner, call(0, 0, 1))
+    assert here[0, 0].all()
+    assert not here[0, 1].all()
+    assert torch.equal(mask(planner, call(1, 9, 1)), here)
+
+
+def test_a_number_for_each_head_is_needed() -> None:
+    recipe = resolve({"name": "mapped", "heads": {**HEADS, "given": [1, 0, 0]}, "dense_steps": 0})
+    with pytest.raises(PlanError, match="options for 3 heads, but the attention has 2"):
+        mask(Planner(recipe), call(0, 0))
 
 
 def test_cases_reach_the_calls() -> None:

@@ -21,7 +21,7 @@ def small(name: str, **changes: Any) -> Recipe:
     if recipe.order.kind == "tile":
         recipe = recipe.override(picture=(1, 4, 4), video=(1, 2, 3), cases=())
     if recipe.order.kind == "kmeans":
-        recipe = recipe.override(queries=5, keys=9, first=3)
+        recipe = recipe.override(queries=5, keys=14, first=3)
     return recipe.override(**changes)
 
 

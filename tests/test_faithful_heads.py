@@ -353,7 +353,7 @@ def test_pooled_attention_of_equal_tokens_is_attention() -> None:
 
 
 def test_words_are_used() -> None:
-    """The helpers this file shares with others do what they say."""
+    """The words this file shares with others mean what they say."""
     assert boxes(LAYOUTS[0], (1, 4, 4))[0][:3] == [5, 6, 7]
     assert fill([0, 1, 2], [4, 4, 4], 6) == {0, 1}
     expect_groups(torch.eye(2, dtype=torch.bool), [[0], [1]], [[0], [1]], {(0, 0), (1, 1)})

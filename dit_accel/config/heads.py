@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Config, Count, Density
 from .order import Order, RasterOrder
@@ -26,7 +26,7 @@ class HeadChoice(Config, frozen=True):
     `loss`: "output" is the mean squared error of the output, over the mean square of the exact one; "mass" the
     attention left out. `price`: added per computed share of pairs. `limit`: a head whose every option loses more
     is computed in full. `budget`: the price is instead the one at which the heads of a sample together compute that
-    share of their pairs.
+    share of their pairs. `given`: the option of each head, by number, instead of any measuring.
     """
 
     options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=16, strict=False)]
@@ -35,3 +35,10 @@ class HeadChoice(Config, frozen=True):
     price: Annotated[float, Field(ge=0, strict=False)] = 0.0
     limit: Annotated[float, Field(gt=0, strict=False)] | None = None
     budget: Density | None = None
+    given: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> HeadChoice:
+        if self.given and max(self.given) >= len(self.options):
+            raise ValueError(f"given names option {max(self.given)}, but there are {len(self.options)}, from 0 on")
+        return self

@@ -34,6 +34,7 @@ class Case(Config, frozen=True):
     select: Select | None = None
     keeps: Keeps | None = None
     correct: Correct | None = None
+    heads: HeadChoice | None = None
 
     def holds(self, site: int, sites: int, share: float) -> bool:
         """Say whether the case speaks for a site and a share of the run."""
@@ -47,7 +48,7 @@ class Case(Config, frozen=True):
     @property
     def changes(self) -> dict[str, Config]:
         """The axes this case replaces."""
-        return {axis: value for axis in AXES if (value := getattr(self, axis)) is not None}
+        return {axis: value for axis in (*AXES, "heads") if (value := getattr(self, axis)) is not None}
 
 
 class Recipe(Config, frozen=True):
@@ -84,6 +85,8 @@ class Recipe(Config, frozen=True):
     @model_validator(mode="after")
     def _axes_fit(self) -> Recipe:
         for case in self.cases:
+            for option in case.heads.options if case.heads else ():
+                _check_axes(option.order, option.score, option.select, case.keeps or self.keeps, option=True)
             _check_axes(
                 case.order or self.order, case.score or self.score, case.select or self.select, case.keeps or self.keeps
             )
@@ -142,9 +145,9 @@ class Recipe(Config, frozen=True):
         """
         data = self.model_dump()
         for key, value in changes.items():
-            if key in data and key not in AXES:
+            if key in data and key not in (*AXES, "heads"):
                 data[key] = value
-            elif key in AXES:
+            elif key in (*AXES, "heads"):
                 data[key] = value if not isinstance(value, Config) else value.model_dump()
             elif key == "density":
                 data = self._with_density(data, value)

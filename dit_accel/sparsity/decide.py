@@ -166,7 +166,7 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
         )
     units = _key_units(recipe, layout)
     step = 1.0 if recipe.select.kind == "lines" else 0.5  # half a unit, or a whole line of them
-    if step / units > 0.15 * asked:
+    if step / units > 0.2 * asked:
         return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
     sizes = _option_sizes(recipe, layout)
     if not sizes:

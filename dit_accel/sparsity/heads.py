@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..config import HeadChoice
+from ..errors import PlanError
 from . import rows
 from .cut import Cut, Side
 from .inputs import Inputs
@@ -21,14 +24,7 @@ def choose(
     density, over rows spread over the grid, the price given or such that it spends the budget. A head of which every
     option loses more than the limit, or whose losses are not finite, computes everything.
     """
-    losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
-    computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
-    price = config.price if config.budget is None else _price(losses, computed, config.budget)
-    best = (losses + price * computed).argmin(0)
-    unsure = ~torch.isfinite(losses).all(0)
-    if config.limit is not None:
-        unsure |= (losses > config.limit).all(0)
-    best = torch.where(unsure, len(options), best)
+    best = _given(config, inputs) if config.given else _best(config, options, inputs)
     everything = options[0][0]
     options = [*options, (everything, torch.ones_like(options[0][1]))]
     cut = Cut(
@@ -38,6 +34,31 @@ def choose(
     )
     mask = _pick([_grown(mask, cut.q.units, cut.k.units) for _, mask in options], best)
     return cut, mask, ~mask.any(-1).any(-1)
+
+
+def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> torch.Tensor:
+    """Return the number of the option each head takes, int64 [B, H]; one more than the last is everything."""
+    losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
+    computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
+    price = config.price if config.budget is None else _price(losses, computed, config.budget)
+    best = (losses + price * computed).argmin(0)
+    unsure = ~torch.isfinite(losses).all(0)
+    if config.limit is not None:
+        unsure |= (losses > config.limit).all(0)
+    return torch.where(unsure, len(options), best)
+
+
+def _given(config: HeadChoice, inputs: Inputs) -> torch.Tensor:
+    """Return the numbers that the settings name, int64 [B, H]."""
+    batch, _, heads, _ = inputs.q.shape
+    if len(config.given) != heads:
+        raise PlanError(f"heads.given names options for {len(config.given)} heads, but the attention has {heads}.")
+    return _upload(config.given, inputs.q.device).expand(batch, -1)
+
+
+@lru_cache(maxsize=256)
+def _upload(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, device=device)[None]
 
 
 def _price(losses: torch.Tensor, computed: torch.Tensor, budget: float) -> torch.Tensor:
