@@ -33,7 +33,7 @@ class OraclePlanner(Planner):
         tiling = tiling_for(self.recipe, call.layout)
         slots = tiling.on(call.q.device).slots[None, None]
         mass = block_mass(call, slots, slots, tiling.unit, tiling.unit)
-        return from_units(best_units(mass, tiling, self._density), tiling)
+        return from_units(best_units(mass, tiling, self._density), tiling.on(call.q.device).cut)
 
 
 def best_units(mass: torch.Tensor, tiling: Tiling, density: float) -> torch.Tensor:
