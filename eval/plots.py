@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Cost = Callable[[Standing], float | None]
+HEADROOM = 6  # dB above the best candidate that a plot still shows
 _MARKS = {"recipe": "o", "oracle": "*", "steps": "s", "cache": "^", "floor": "x", "reference": "D"}
 
 
@@ -34,10 +35,7 @@ def quality_plot(lines: Sequence[Standing], cost: Cost, label: str) -> bytes | N
     points = [(c, line.figures["psnr"].mean) for line, c in shown if line.family != "oracle"]
     front = [points[i] for i in pareto(points)]
     axes.step([c for c, _ in front], [p for _, p in front], where="post", color="0.6", linestyle=":", label="Pareto")
-    for line in lines:
-        if line.family == "floor" and "psnr" in line.figures:
-            axes.axhline(line.figures["psnr"].mean, color="0.3", linestyle="--", linewidth=0.8)
-            axes.annotate(line.candidate, (0.01, line.figures["psnr"].mean), xycoords=("axes fraction", "data"), size=7)
+    _draw_floors(axes, lines, top=max(line.figures["psnr"].mean for line, _ in shown) + HEADROOM)
     axes.set_xlabel(label)
     axes.set_ylabel("PSNR against the reference, dB")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -88,6 +86,19 @@ def map_plot(shown: DensityMap) -> bytes:
     axes.set_ylabel("site")
     figure.colorbar(picture, ax=axes, label="density")
     return _saved(figure)
+
+
+def _draw_floors(axes: Axes, lines: Sequence[Standing], top: float) -> None:
+    """Draw noise floors as lines; those far above everything are only named, or they would flatten the rest."""
+    known = [line for line in lines if line.family == "floor" and "psnr" in line.figures]
+    floors = [(line.candidate, line.figures["psnr"].mean) for line in known]
+    for name, psnr in floors:
+        if psnr <= top:
+            axes.axhline(psnr, color="0.3", linestyle="--", linewidth=0.8)
+            axes.annotate(name, (0.01, psnr), xycoords=("axes fraction", "data"), size=7)
+    above = ", ".join(f"{name} {psnr:.1f} dB" for name, psnr in floors if psnr > top)
+    if above:
+        axes.set_title(f"above: {above}", fontsize=8, loc="left")
 
 
 def _curves(shown: Sequence[tuple[Standing, float]]) -> dict[str, list[tuple[Standing, float]]]:
