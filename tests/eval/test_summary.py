@@ -1,0 +1,109 @@
+"""Means, intervals, the Pareto front and modelled times against numbers worked out by hand, and what the page holds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_accel.errors import ConfigError
+from dit_accel.eval.modelled import models
+from dit_accel.eval.report import Summary, html
+from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store
+from dit_accel.eval.summary import bootstrap, pareto, standings
+
+
+def row(candidate: str, family: Any, psnr: float | None, prompt: str = "a", seed: int = 0, **more: Any) -> Row:
+    figures = None if family == "reference" else Figures(psnr=psnr, ssim=0.9)
+    given = {"steps": 2, "seconds": 1.0, "figures": figures, **more}
+    return Row(candidate=candidate, family=family, definition={}, prompt=prompt, seed=seed, **given)
+
+
+def step_file(folder: Path) -> Path:
+    """Write a step benchmark's result: stock 1000 ms; 700, 500 and 400 ms at densities 0.5, 0.3, 0.2."""
+    points = ((0.5, 700.0), (0.3, 500.0), (0.2, 400.0))
+    rows = [{"case": "big", "density": d, "step_ms": ms, "stock_step_ms": 1000.0} for d, ms in points]
+    file = folder / "step_gpu.json"
+    file.write_text(json.dumps({"gpu": "GPU", "rows": rows}))
+    return file
+
+
+def test_intervals_are_over_prompts_with_seeds_averaged_first() -> None:
+    rows = [row("x", "recipe", p, prompt, seed) for prompt, seed, p in (("a", 0, 10), ("a", 1, 30), ("b", 0, 40))]
+    (line,) = standings(rows)
+    assert line.figures["psnr"].mean == pytest.approx(30)  # of 20 and 40
+    assert (line.figures["psnr"].low, line.figures["psnr"].high) == (20, 40)
+    assert line.prompts == 2
+    (alone,) = standings(rows[:2])
+    assert alone.figures["psnr"].low is None
+
+
+def test_the_bootstrap_narrows_with_more_prompts_and_holds_the_mean() -> None:
+    make = random.Random(0)
+    few, many = (bootstrap([make.gauss(30, 2) for _ in range(n)]) for n in (5, 500))
+    for interval in (few, many):
+        assert interval.low is not None
+        assert interval.high is not None
+        assert interval.low < interval.mean < interval.high
+    assert many.low is not None
+    assert many.high is not None
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 2 / 500**0.5, rel=0.15)
+
+
+def test_pareto_keeps_what_nothing_beats() -> None:
+    points = [(1.0, 10.0), (2.0, 9.0), (2.0, 12.0), (3.0, 12.0), (4.0, 15.0)]
+    assert pareto(points) == [0, 2, 4]
+
+
+def test_equal_pictures_have_no_mean_and_stand_first() -> None:
+    lines = standings([row("low", "recipe", 20), row("same", "recipe", None)])
+    assert [line.candidate for line in lines] == ["same", "low"]
+    assert lines[0].equal
+    assert "psnr" not in lines[0].figures
+
+
+def test_modelled_times_follow_the_steps_and_densities_run(tmp_path: Path) -> None:
+    step_file(tmp_path)
+    (tmp_path / "step_tiny_cpu.json").write_text("{}")  # a trial of the benchmark, no measurement
+    (model,) = models(tmp_path)
+    seen = DensityMap(sites=("p", "q"), density=((1, 1), (0.5, 0.4), (0.1, 0.6)))
+    # dense 1000; (700 + 600) / 2; the least measured 400, and 800 on the line of the last two
+    assert model.seconds(row("x", "recipe", 20, map=seen)) == pytest.approx((1000 + 650 + 600) / 1e3)
+    assert model.seconds(row("steps-9", "steps", 20, steps=9)) == pytest.approx(9)
+    assert model.seconds(row("cache", "cache", 20)) is None
+    assert model.seconds(row("oracle@0.3", "oracle", 20, map=seen)) is None
+
+
+def test_a_broken_benchmark_file_is_one_line(tmp_path: Path) -> None:
+    step_file(tmp_path).write_text('{"rows": [{}]}')
+    with pytest.raises(ConfigError, match="is no result of the step benchmark"):
+        models(tmp_path)
+
+
+def test_the_page_shows_each_time_axis_alone_and_escapes(tmp_path: Path) -> None:
+    setup = Setup(
+        model="<b>m</b>", settings={"steps": 2}, dtype="float32", device="cpu, 1 threads", dense_steps=0.2,
+        dense_layers=0, versions={"torch": "2"},
+    )  # fmt: skip
+    store = Store(tmp_path / "rows.jsonl", setup)
+    seen = DensityMap(sites=("p",), density=((1,), (0.3,)))
+    store.add(row("reference", "reference", None, "<script>"))
+    for name, psnr in (("draft@0.3", 20), ("draft@0.5", 25)):
+        store.add(row(name, "recipe", psnr, "<script>", density=0.3, overall_density=0.65, map=seen))
+    empty = tmp_path / "none"
+    empty.mkdir()
+    page = html(Summary.of(store.path, empty))
+    assert "Quality over wall time on cpu, 1 threads" in page
+    assert "seconds (cpu, 1 threads)" in page
+    assert "<th>modelled s" not in page
+    assert "no modelled times" in page
+    assert "density of draft@0.3" in page
+    assert "<b>m</b>" not in page
+    step_file(tmp_path)
+    page = html(Summary.of(store.path, tmp_path))
+    assert "Quality over modelled time: big on GPU" in page
+    assert "<th>modelled s (big, GPU)</th>" in page
+    assert "no modelled times" not in page
