@@ -1,7 +1,7 @@
 """Lloyd's iteration in Triton: no map of tokens by clusters in memory, no sum whose order depends on luck."""
 
 # Triton's language is not Python's: pyright cannot follow constexprs and launches
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..unit_means.triton import means, runs_on
+from dit_accel.kernels.unit_means.triton import means, runs_on
 
 __all__ = ["assign", "lloyd", "runs_on"]
 
