@@ -12,10 +12,10 @@ class Side:
     """The queries or the keys of a cut.
 
     `slots` int32 [B|1, H|1, blocks * block]: the token in each slot, -1 a hole. `owner` int64 [B|1, H|1, blocks]: the
-    unit a block belongs to. `tokens` int64 [B|1, H|1, blocks]: real tokens in each block. `grid` int64: the units on a
-    grid, the others hold text. `identity`: slots are the tokens as they lie. `whole`: no block that holds a token holds
-    a hole, as far as is known without asking the device. `means` float [B, H, units on a grid, D], where the order
-    brought them along. `per`: blocks of every unit, 0 where units differ.
+    unit a block belongs to; it never falls from one block to the next. `tokens` int64 [B|1, H|1, blocks]: real tokens
+    in each block. `grid` int64: the units on a grid, the others hold text. `identity`: slots are the tokens as they
+    lie. `whole`: no block that holds a token holds a hole, as far as is known without asking the device. `means` float
+    [B, H, units on a grid, D], where the order brought them along. `per`: blocks of every unit, 0 where units differ.
     """
 
     block: int

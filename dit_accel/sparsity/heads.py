@@ -124,7 +124,7 @@ def _merge(sides: list[Side], best: torch.Tensor) -> Side:
         block=block,
         units=max(side.units for side in sides),
         slots=_pick([grown(side.slots, blocks * block, -1) for side in sides], best),
-        owner=_pick([grown(side.owner, blocks, 0) for side in sides], best),
+        owner=_pick([grown(side.owner, blocks, side.units - 1) for side in sides], best),
         tokens=_pick([grown(side.tokens, blocks, 0) for side in sides], best),
         grid=sides[0].grid,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
+from ..kernels.unit_means import unit_means
 from . import rows
 from .cut import Cut, Side
 from .rows import BYTES
@@ -112,15 +113,7 @@ def grid_means(side: Side, x: torch.Tensor) -> torch.Tensor:
     """Average the tokens of each grid unit, [B, S, H, D] -> float32 [B, H, units, D]; empty units give 0."""
     if side.means is not None:
         return side.means
-    sums = _block_sums(side, x)
-    b, h, blocks, d = sums.shape
-    if side.per:  # added up in a fixed order
-        padded = torch.nn.functional.pad(sums, (0, 0, 0, side.units * side.per - blocks))
-        total = padded.unflatten(2, (side.units, side.per)).sum(3)
-    else:
-        total = torch.zeros(b, h, side.units, d, device=x.device)
-        total.scatter_add_(2, side.owner[..., None].expand(b, h, -1, d), sums)
-    return (total / side.weights.clamp(min=1)[..., None])[:, :, side.grid]
+    return unit_means(x, side.slots, _bounds(side))[:, :, side.grid]
 
 
 def grid_weights(side: Side) -> torch.Tensor:
@@ -128,11 +121,12 @@ def grid_weights(side: Side) -> torch.Tensor:
     return side.weights[..., side.grid]
 
 
-def _block_sums(side: Side, x: torch.Tensor) -> torch.Tensor:
-    """Add up the tokens of each block, float32 [B, H, blocks, D]."""
-    picked = in_slots(side, x).unflatten(2, (-1, side.block))
-    hole = (side.slots < 0).unflatten(-1, (-1, side.block))
-    return picked.masked_fill(hole[..., None], 0).sum(3, dtype=torch.float32)
+def _bounds(side: Side) -> int | torch.Tensor:
+    """Return the slots of every unit, or the first of each and the end, int64 [B|1, H|1, units + 1]."""
+    if side.per:
+        return side.per * side.block
+    units = torch.arange(side.units + 1, device=side.owner.device).expand(*side.owner.shape[:2], -1)
+    return torch.searchsorted(side.owner.contiguous(), units.contiguous()) * side.block
 
 
 def in_slots(side: Side, x: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,18 @@
-"""The door of the operation: checks and the start."""
+"""The door of the operation: checks, the start and choice of the back end."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .reference import lloyd
+Backend = Literal["triton", "reference"]
 
 
-def kmeans(x: Tensor, clusters: int, iterations: int, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def kmeans(
+    x: Tensor, clusters: int, iterations: int, start: Tensor | None = None, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster the tokens of each batch row and head by Euclidean distance, always with the same result.
 
     Args:
@@ -17,17 +21,60 @@ def kmeans(x: Tensor, clusters: int, iterations: int, start: Tensor | None = Non
         iterations: at least 1; each assigns all tokens to the nearest centroid, then moves the centroids to the means.
         start: [B, H, clusters, D] centroids to start from; None takes evenly spaced tokens. Centroids that are not
             finite are replaced by those tokens too.
+        backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
 
     Returns:
         labels int32 [B, H, N]; centroids float32 [B, H, clusters, D], the means of the tokens with that label (an
         empty cluster keeps its centroid); sizes int64 [B, H, clusters]. Nothing is read back from the device.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or numbers that do not fit.
+        ValueError, TypeError: shapes, dtypes or numbers that do not fit; RuntimeError: the named back end cannot run
+        this, or a gradient is needed.
 
     Lloyd 1982, batched on the device as in flash-kmeans (Yang et al. 2025). A token that is not finite falls in some
-    cluster, whose centroid is then not finite either.
+    cluster, whose centroid is then not finite either. Triton compares half-precision tokens with centroids rounded to
+    their dtype, which the reference does not: a token about as far from two centroids may fall to either.
     """
+    _check(x, clusters, iterations, start)
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    wanted = backend or ("triton" if x.is_cuda else "reference")
+    reasons = unsupported_reasons(wanted, x)
+    if backend is not None and reasons:
+        raise RuntimeError(f"backend {backend!r} cannot cluster x {list(x.shape)}: {'; '.join(reasons)}")
+    if wanted == "triton" and not reasons:
+        from .triton import lloyd
+    else:
+        from .reference import lloyd
+    return lloyd(x, _first(x, clusters, start), iterations)
+
+
+def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:
+    """Why a back end cannot take such a tensor; an empty list when it can."""
+    if backend == "reference":
+        return []
+    try:
+        from .triton import runs_on
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    reasons = runs_on(x.device)
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {x.dtype} is not fp16, bf16 or fp32")
+    if x.shape[3] > 256:
+        reasons.append(f"head dim {x.shape[3]} is above 256")
+    return reasons
+
+
+def _first(x: Tensor, clusters: int, start: Tensor | None) -> Tensor:
+    """Return the first centroids, float32 [B, H, clusters, D]."""
+    n = x.shape[2]
+    spaced = x[:, :, (torch.arange(clusters, device=x.device) * n + n // 2) // clusters].float()
+    if start is None:
+        return spaced
+    return torch.where(torch.isfinite(start).all(-1, keepdim=True), start.float(), spaced)
+
+
+def _check(x: Tensor, clusters: int, iterations: int, start: Tensor | None) -> None:
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"x is {list(x.shape)}; expected a non-empty [B, H, N, D]")
     if not x.dtype.is_floating_point:
@@ -37,12 +84,12 @@ def kmeans(x: Tensor, clusters: int, iterations: int, start: Tensor | None = Non
         raise ValueError(f"clusters is {clusters}; expected 1 to {n}, the tokens of x {list(x.shape)}")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; expected at least 1")
-    spaced = x[:, :, (torch.arange(clusters, device=x.device) * n + n // 2) // clusters].float()
-    if start is None:
-        return lloyd(x, spaced, iterations)
-    if tuple(start.shape) != (b, h, clusters, d) or start.device != x.device:
+    if start is not None and (tuple(start.shape) != (b, h, clusters, d) or start.device != x.device):
         raise ValueError(
             f"start is {list(start.shape)} on {start.device}; expected {[b, h, clusters, d]} on {x.device}"
         )
-    usable = torch.isfinite(start).all(-1, keepdim=True)
-    return lloyd(x, torch.where(usable, start.float(), spaced), iterations)
+    if torch.is_grad_enabled() and (x.requires_grad or (start is not None and start.requires_grad)):
+        raise RuntimeError(
+            f"x {list(x.shape)}: a gradient is asked for, but this operation has no backward pass; "
+            "call it under torch.no_grad() or detach its inputs"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
+from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
+from dit_accel.kernels.unit_means import triton as averaging
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TYPES = {BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32"}
+TYPES = {BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 # name: head dim, dtype, query block, key block, features, length
 VARIANTS = {
@@ -87,6 +90,33 @@ def compile_merge(capability: int) -> triton.compiler.CompiledKernel:
     return compile_launch(merging._merge_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
 
 
+def compile_means(capability: int, ragged: bool) -> triton.compiler.CompiledKernel:
+    """Equal units as a score asks for them, or those of clusters, which every head has for itself."""
+    x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
+    slots = torch.zeros(1, 16 if ragged else 1, 1024, dtype=torch.int32)
+    bounds = torch.zeros(1, 16, 9, dtype=torch.int64) if ragged else 128
+    _, args, constants = averaging.launch(x, slots, bounds, out)
+    return compile_launch(averaging._means_kernel, capability, args, constants)
+
+
+def compile_assign(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
+    x, centroids = torch.zeros(1, 16, 1000, dim, dtype=dtype), torch.zeros(1, 16, 100, dim)
+    _, args, constants = clustering.launch(x, centroids, torch.zeros(1, 16, 1000, dtype=torch.int32))
+    return compile_launch(clustering._assign_kernel, capability, args, constants)
+
+
+OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
+    "pack": compile_pack,
+    "merge": compile_merge,
+    "means": lambda capability: compile_means(capability, ragged=False),
+    "means-ragged": lambda capability: compile_means(capability, ragged=True),
+    "assign-64": lambda capability: compile_assign(capability, 64, BF16),
+    "assign-128": lambda capability: compile_assign(capability, 128, BF16),
+    "assign-256": lambda capability: compile_assign(capability, 256, BF16),
+    "assign-128-fp32": lambda capability: compile_assign(capability, 128, FP32),
+}
+
+
 def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, Any]) -> triton.compiler.CompiledKernel:
     """Compile with the types and the divisibility that these arguments would have at run time."""
     constants = dict(constants)
@@ -114,9 +144,9 @@ def type_of(value: object) -> str:
 
 
 def main(capability: int, names: list[str]) -> None:
-    for name in names or [*VARIANTS, "pack", "merge"]:
-        if name in ("pack", "merge"):
-            compiled = {"pack": compile_pack, "merge": compile_merge}[name](capability)
+    for name in names or [*VARIANTS, *OTHERS]:
+        if name in OTHERS:
+            compiled = OTHERS[name](capability)
         else:
             compiled = compile_attention(capability, problem_of(*VARIANTS[name]))
         line = {

@@ -39,6 +39,11 @@ def test_orders_bias_and_predicates_compile():
     check(compiled("90", "bf16-72-bias", "bf16-128-orders-full", "bf16-128-predicate", "fp32-64", "pack", "merge"))
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_selection_compiles(capability):
+    check(compiled(str(capability), "means", "means-ragged", "assign-64", "assign-128"))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
 def test_all_variants_compile(capability):

@@ -1,0 +1,89 @@
+"""The door of the operation: checks and choice of the back end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+
+
+def unit_means(x: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Average the tokens of each unit, where an order says which tokens those are.
+
+    Args:
+        x: [B, S, H, D], a floating dtype, any strides.
+        slots: int32 [B|1, H|1, L], the token in each slot; -1 is a hole, which counts for nothing. The tokens lie in
+            [0, S), which is not checked here: it would stall the device.
+        bounds: how many slots each unit has, the last one perhaps fewer; or, where units differ, integers
+            [B|1, H|1, units + 1] that do not fall: unit u has the slots from `bounds[u]` up to `bounds[u + 1]`.
+        backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
+
+    Returns:
+        float32 [B, H, units, D], contiguous, added up in float32. A unit without tokens has mean 0; a token that is not
+        finite makes the mean of its unit, and of no other, not finite.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit; RuntimeError: the named back end cannot run this, or a
+        gradient is needed.
+
+    The gather of an order and the pooling of block-sparse scores (MInference, Jiang et al. 2024, arXiv 2407.02490;
+    SpargeAttention, Zhang et al. 2025, arXiv 2502.18137) in one reading. On CUDA the reference adds up units
+    of different lengths in no fixed order; Triton always gives the same result.
+    """
+    _check(x, slots, bounds)
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    wanted = backend or ("triton" if x.is_cuda else "reference")
+    reasons = unsupported_reasons(wanted, x)
+    if backend is not None and reasons:
+        raise RuntimeError(f"backend {backend!r} cannot average x {list(x.shape)}: {'; '.join(reasons)}")
+    if wanted == "triton" and not reasons and x.numel() and slots.numel():
+        from .triton import means
+    else:
+        from .reference import means
+    return means(x, slots, bounds).contiguous()
+
+
+def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:
+    """Why a back end cannot take such a tensor; an empty list when it can."""
+    if backend == "reference":
+        return []
+    try:
+        from .triton import runs_on
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    reasons = runs_on(x.device)
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {x.dtype} is not fp16, bf16 or fp32")
+    if x.shape[3] > 256:
+        reasons.append(f"head dim {x.shape[3]} is above 256")
+    return reasons
+
+
+def _check(x: Tensor, slots: Tensor, bounds: int | Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x is {list(x.shape)}; expected [B, S, H, D]")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x is {x.dtype}; expected a floating dtype")
+    lists = {"slots": slots} if isinstance(bounds, int) else {"slots": slots, "bounds": bounds}
+    batch, _, heads, _ = x.shape
+    for name, tensor in lists.items():
+        if tensor.dim() != 3 or tensor.shape[0] not in (1, batch) or tensor.shape[1] not in (1, heads):
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{batch}|1, {heads}|1, ...]")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} lies on {tensor.device}, x on {x.device}")
+        if tensor.dtype not in (torch.int32, torch.int64) or (name == "slots" and tensor.dtype != torch.int32):
+            raise TypeError(f"{name} is {tensor.dtype}; expected torch.int32")
+    if isinstance(bounds, int):
+        if bounds < 1:
+            raise ValueError(f"bounds is {bounds}; expected at least 1 slot a unit")
+    elif bounds.shape[2] < 1:
+        raise ValueError(f"bounds is {list(bounds.shape)}; expected units + 1 numbers")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            f"x {list(x.shape)}: a gradient is asked for, but this operation has no backward pass; "
+            "call it under torch.no_grad() or detach its inputs"
+        )

@@ -1,0 +1,90 @@
+"""The means in Triton: every token is read once, through the order."""
+
+# Triton's language is not Python's: pyright cannot follow constexprs and launches
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+ELEMENTS = 8192  # of a tile: 64 sums a thread, and enough loads on the way to fill the memory bus
+
+
+def runs_on(device: torch.device) -> list[str]:
+    """Why the kernel cannot run on this device; an empty list when it can."""
+    if device.type == "cuda" or INTERPRETED:
+        return []
+    return [f"device {device} is not CUDA (set TRITON_INTERPRET=1 before Triton is imported to interpret)"]
+
+
+@triton.jit
+def _means_kernel(
+    x_ptr, slots_ptr, bounds_ptr, out_ptr, stride_b, stride_s, stride_h, stride_d,
+    slots_stride_b, slots_stride_h, bounds_stride_b, bounds_stride_h, slots, unit, units, heads,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The mean of one unit of one head: ROWS running sums, then one."""
+    program = tl.program_id(0)  # heads side by side: their rows of a token are neighbours in memory
+    h, u = (program % heads).to(tl.int64), (program // heads) % units
+    b = (program // heads // units).to(tl.int64)
+    if bounds_ptr is not None:
+        bounds_ptr += b * bounds_stride_b + h * bounds_stride_h + u
+        first = tl.load(bounds_ptr).to(tl.int32)
+        last = tl.minimum(tl.load(bounds_ptr + 1).to(tl.int32), slots)
+    else:
+        first = u * unit
+        last = tl.minimum(first + unit, slots)
+    slots_ptr += b * slots_stride_b + h * slots_stride_h
+    x_ptr += b * stride_b + h * stride_h
+    d = tl.arange(0, D_PAD)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    held = tl.zeros([ROWS], tl.int32)
+    for at in range(first, last, ROWS):
+        slot = at + tl.arange(0, ROWS)
+        token = tl.load(slots_ptr + slot, mask=slot < last, other=-1)  # [ROWS]
+        real = token >= 0
+        x_at = x_ptr + token.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+        acc += tl.load(x_at, mask=real[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        held += real.to(tl.int32)
+    mean = tl.sum(acc, 0) / tl.maximum(tl.sum(held, 0), 1).to(tl.float32)
+    tl.store(out_ptr + ((b * heads + h) * units + u) * D + d, mean, mask=d < D)
+
+
+def means(x: Tensor, slots: Tensor, bounds: int | Tensor) -> Tensor:
+    """Run the kernel on a checked, non-empty call; shapes as in `unit_means`."""
+    b, _, h, d = x.shape
+    units = -(-slots.shape[-1] // bounds) if isinstance(bounds, int) else bounds.shape[-1] - 1
+    out = torch.empty(b, h, units, d, dtype=torch.float32, device=x.device)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            grid, args, constants = launch(x, slots, bounds, out)
+            _means_kernel[grid](*args, **constants)
+    return out
+
+
+def launch(x: Tensor, slots: Tensor, bounds: int | Tensor, out: Tensor) -> tuple[tuple[int], tuple, dict[str, Any]]:
+    """Grid, positional arguments and compile-time constants of the kernel for one call."""
+    b, _, h, d = x.shape
+    units, padded = out.shape[2], max(triton.next_power_of_2(d), 16)
+    slots = slots.contiguous()
+    edges = None if isinstance(bounds, int) else bounds.contiguous()
+    args = (
+        x, slots, edges, out, *x.stride(), *_strides(slots), *((0, 0) if edges is None else _strides(edges)),
+        slots.shape[-1], bounds if isinstance(bounds, int) else 0, units, h,
+    )  # fmt: skip
+    rows = ELEMENTS // padded
+    if isinstance(bounds, int):
+        rows = min(rows, triton.next_power_of_2(bounds))
+    return (b * units * h,), args, {"D": d, "D_PAD": padded, "ROWS": max(rows, 16), "num_warps": 4}
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides over samples and heads, 0 where all are alike."""
+    batch, heads, *_ = tensor.stride()
+    return 0 if tensor.shape[0] == 1 else batch, 0 if tensor.shape[1] == 1 else heads
