@@ -61,8 +61,10 @@ class Attachment:
         for site in self._cross_sites:
             assert self.family.cross is not None
             self._replace_processor(site, self.family.cross.attention)
-        before = self.transformer.register_forward_pre_hook(Hook(self._enter), with_kwargs=True)
-        after = self.transformer.register_forward_hook(Hook(self._leave), always_call=True)
+        enter: Any = Hook(self._enter)
+        leave: Any = Hook(self._leave)
+        before = self.transformer.register_forward_pre_hook(enter, with_kwargs=True)
+        after = self.transformer.register_forward_hook(leave, always_call=True)
         self._undo += [before.remove, after.remove]
         if hasattr(self.transformer, "cache_context"):
             self._name_branches()

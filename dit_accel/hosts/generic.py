@@ -31,6 +31,8 @@ class _Intercept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return self.handler({**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})})
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # the method is Python, which torch.compile cannot trace from within a mode
         return func(*args, **(kwargs or {}))
 
 

@@ -88,7 +88,7 @@ def _answer(
     mask: torch.Tensor | None,
     raw: Raw,
 ) -> torch.Tensor:
-    """Carry out an attention call of compiled code, which holds the padding too: its length may change with a prompt."""
+    """Carry out an attention call of compiled code, where padding is still in: how much may change with a prompt."""
     reason = host.dense_reason(site, q, q.shape[1])
     layout, padding = _without_padding(host.layout)
     bias, unfit = (None, "") if padding else key_bias(mask, q.shape[1])

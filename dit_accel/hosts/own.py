@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,12 @@ from .family import Host
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 Raw = Sequence[torch.Tensor]  # q and k before rotation and what rotates them, as `compiled.attend` takes them
-Rotate = Callable[[torch.Tensor, Rotary], torch.Tensor]
+
+
+class Rotate(Protocol):
+    """A family's rotation of queries or keys [B, S, H, D]."""
+
+    def __call__(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor: ...
 
 
 def run_dense(host: Host | Seat, site: Site, x: torch.Tensor, reason: str, stock: Callable[[], Any]) -> Any:
