@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,23 +157,44 @@ def test_sizes() -> None:
 
 def test_stages_get_unrotated_tokens() -> None:
     pipe, call = tiny.wan()
-    compile_it(pipe, "regional")
     seen: list[AttentionCall] = []
 
-    def halve(attention: AttentionCall) -> AttentionCall:
+    def watch(attention: AttentionCall) -> AttentionCall:
         seen.append(attention)
         return attention
 
     with dit_accel.accelerate(pipe, RECIPE) as handle:
+        compile_it(pipe, "regional")
         plain = generate(pipe, call)
-        handle.stages = (halve,)
+        handle.stages = (watch,)
         assert torch.equal(generate(pipe, call), plain)
+        assert graphs() == 2
+        handle.stages = ()
+        generate(pipe, call)
+        assert graphs() == 2
     assert len(seen) == handle.report().sparse_calls
     for attention in seen:
         assert attention.rotate is not None
         assert attention.q_raw is not None
         assert not torch.equal(attention.q_raw, attention.q)
         torch.testing.assert_close(attention.rotate(attention.q_raw), attention.q, rtol=0, atol=0)
+
+
+def test_compiled_while_accelerated_then_restored() -> None:
+    pipe, call = tiny.wan()
+    stock = tiny.generate(pipe, call, steps=STEPS)
+    handle = dit_accel.accelerate(pipe, RECIPE, every=2)
+    compile_it(pipe, "whole")
+    assert not torch.equal(generate(pipe, call), stock)
+    assert handle.report().state_bytes > 0
+    held = [weakref.ref(attachment) for attachment in handle._attachments]
+    held += [weakref.ref(seat) for attachment in handle._attachments for seat in attachment._seats]
+    handle.restore()
+    del handle
+    gc.collect()
+    assert len(held) == 5  # with the stand-ins of two self- and two cross-attentions
+    assert all(ref() is None for ref in held)
+    assert torch.equal(generate(pipe, call), stock)
 
 
 def wan_call() -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..call import Site
 from ..layout import Grid, TokenLayout
+from ..seat import Seat
 from .family import Family, Host
 from .geometry import Arguments, latents, patch, text
 from .own import Raw, Rotary, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
@@ -24,7 +25,7 @@ def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, An
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,

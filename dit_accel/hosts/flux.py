@@ -12,6 +12,7 @@ import torch
 
 from ..call import Site
 from ..layout import Grid, Segment, Text, TokenLayout
+from ..seat import Seat
 from .family import Family, Host, LayoutUnknownError
 from .own import answer, dispatch, projected, rotate_pairs, run_dense, run_sparse
 
@@ -50,7 +51,7 @@ def _restarts(table: np.ndarray) -> np.ndarray:
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..call import Site
 from ..layout import Pad, Text, TokenLayout
 from ..origin import Unchanged
+from ..seat import Seat
 from .family import Family, Host, LayoutUnknownError
 from .generic import key_bias
 from .geometry import Arguments, text, video
@@ -51,7 +52,7 @@ def _valid(mask: torch.Tensor, memo: dict[str, Any]) -> int | None:
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,

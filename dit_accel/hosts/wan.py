@@ -25,7 +25,7 @@ def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, An
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -61,7 +61,7 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 def cross_attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
