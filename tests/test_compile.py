@@ -62,8 +62,9 @@ def generate(pipe: Any, call: dict[str, Any], **changes: Any) -> torch.Tensor:
 
 def check_like_eager(name: str, how: str, backend: str = "aot_eager") -> int:
     """Hold a compiled pipeline against itself: accelerated, dense, restored, accelerated again; return new graphs."""
-    exact = backend == "aot_eager"
-    close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-4}
+    rounding, exactly = {"rtol": 1e-4, "atol": 1e-4}, {"rtol": 0, "atol": 0}
+    like_stock = exactly if backend == "aot_eager" else rounding
+    like_eager = rounding if name == "hunyuan_video" else like_stock  # eager code projects no padding: other shapes
     pipe, call = tiny.FAMILIES[name]()
     with dit_accel.accelerate(pipe, RECIPE) as handle:
         eager, expected = tiny.generate(pipe, call, steps=STEPS), handle.report()
@@ -73,14 +74,14 @@ def check_like_eager(name: str, how: str, backend: str = "aot_eager") -> int:
     with dit_accel.accelerate(pipe, RECIPE) as handle:
         ours, report = generate(pipe, call), handle.report()
         added = graphs() - before
-    torch.testing.assert_close(ours, eager, **close)
+    torch.testing.assert_close(ours, eager, **like_eager)
     assert not torch.equal(ours, stock)
     assert report.rows == expected.rows
     assert report.sparse_calls == report.calls * (STEPS - 1) // STEPS
     torch.compiler.set_stance("fail_on_recompile")  # from here on everything has been compiled
     assert torch.equal(tiny.generate(pipe, call, steps=STEPS), stock)
     with dit_accel.accelerate(pipe, RECIPE, density=1):
-        torch.testing.assert_close(tiny.generate(pipe, call, steps=STEPS), stock, **close)
+        torch.testing.assert_close(tiny.generate(pipe, call, steps=STEPS), stock, **like_stock)
     with dit_accel.accelerate(pipe, RECIPE):
         assert torch.equal(tiny.generate(pipe, call, steps=STEPS), ours)
     return added
@@ -107,15 +108,6 @@ def test_compiled_is_eager_in_all_families(name: str, how: str) -> None:
 @pytest.mark.parametrize("name", ["flux", "wan", "hunyuan_video", "ltx"])
 def test_inductor_is_eager_within_rounding(name: str, how: str) -> None:
     check_like_eager(name, how, "inductor")
-
-
-def test_inductor_compiles_it() -> None:
-    pipe, call = tiny.wan()
-    with dit_accel.accelerate(pipe, RECIPE):
-        eager = tiny.generate(pipe, call, steps=STEPS)
-    compile_it(pipe, "regional", "inductor")
-    with dit_accel.accelerate(pipe, RECIPE):
-        torch.testing.assert_close(generate(pipe, call), eager, rtol=1e-4, atol=1e-4)
 
 
 def test_a_processor_of_another_family_is_traced_through() -> None:
