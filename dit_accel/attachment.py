@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -191,7 +192,10 @@ class _NamedContext:
 
 
 def _named(prefix: str, sites: list[Site]) -> list[Site]:
-    return [Site(prefix + site.name, prefix + site.group, site.index, site.module) for site in sites]
+    return [
+        replace(site, name=prefix + site.name, group=prefix + site.group, count=len(sites), model=prefix)
+        for site in sites
+    ]
 
 
 def _cannot_stand_in(site: Site) -> str:

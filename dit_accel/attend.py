@@ -6,9 +6,8 @@ import torch
 
 from .call import AttentionCall
 from .engine import Engine
-from .kernels.block_sparse import block_sparse_attention
 from .kernels.merge import merge_attention
-from .sparsity.plan import Plan
+from .sparsity.plan import Operands, Plan
 
 
 def attend(call: AttentionCall, engine: Engine) -> torch.Tensor:
@@ -33,30 +32,13 @@ def run(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute a sparse plan, one kernel launch a branch, and merge the branches exactly."""
-    results = [
-        block_sparse_attention(
-            q,
-            k,
-            v,
-            branch.index,
-            branch.count,
-            block_q=branch.block_q,
-            block_k=branch.block_k,
-            full_count=branch.full_count,
-            q_order=branch.q_order,
-            k_order=branch.k_order,
-            key_bias=_add(branch.key_bias, key_bias),
-            predicate=branch.predicate,
-            scale=scale,
-        )
-        for branch in plan.branches
-    ]
-    if len(results) == 1:
-        return results[0][0]
-    outs, lses = zip(*results, strict=True)
-    return merge_attention(outs, lses)[0]
-
-
-def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return a + b if a is not None and b is not None else a if a is not None else b
+    """Compute a sparse plan, one kernel launch a branch, merge the branches exactly, and correct the result."""
+    given = Operands(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
+    results = [branch.run(given) for branch in (*plan.branches, *plan.pooled)]
+    out, lse = results[0]
+    if len(results) > 1:
+        outs, lses = zip(*results, strict=True)
+        out, lse = merge_attention(outs, lses)
+    for fix in plan.fixes:
+        out = fix.apply(out, lse, given)
+    return out

@@ -14,12 +14,17 @@ from .step import StepInfo
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One attention module of one transformer. `index` counts the sites of the transformer from 0."""
+    """One attention module of one transformer. `index` counts the sites of the transformer from 0, up to `count`.
+
+    `model` tells transformers of one pipeline apart.
+    """
 
     name: str
     group: str
     index: int
     module: Any  # a torch module with a `processor`
+    count: int = 1
+    model: str = ""
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

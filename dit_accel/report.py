@@ -184,8 +184,8 @@ class Ledger:
         self._add(
             call.site,
             call.step,
-            "dense" if plan.dense else "sparse",
-            "the plan holds every pair" if plan.dense else "",
+            "dense" if plan.dense or plan.measures else "sparse",
+            "the plan holds every pair" if plan.dense else plan.measures,
             "stock" if plan.dense else kernel,
             float(plan.queries * plan.keys),
             plan.density(),

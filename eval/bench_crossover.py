@@ -30,7 +30,8 @@ from dit_accel.attend import run
 from dit_accel.config import Recipe
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity.crossover import TABLE
-from dit_accel.sparsity.decide import decide, tiling_for
+from dit_accel.sparsity.decide import decide
+from dit_accel.sparsity.inputs import Inputs
 from dit_accel.sparsity.plan import from_units
 from dit_accel.sparsity.recipes import resolve
 
@@ -76,9 +77,8 @@ def measure(side: int, density: float, device: torch.device, repeats: int) -> di
 
 
 def _planned(recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    tiling = tiling_for(recipe, layout)
-    mask = decide(recipe, tiling, q, k, 1 / math.sqrt(q.shape[-1]))
-    return run(from_units(mask, tiling), q, k, v)
+    decision = decide(recipe, Inputs(layout, q, k, v, 1 / math.sqrt(q.shape[-1])))
+    return run(from_units(decision.mask, decision.cut), q, k, v)
 
 
 def provenance(device: torch.device) -> dict[str, str]:

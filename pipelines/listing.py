@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dit_accel.api import demo_model, demo_models, recipes
-from dit_accel.config import Config, Recipe
+from dit_accel.config import Recipe
 
 from .doctor import Check
 
@@ -26,11 +26,13 @@ def recipe_rows() -> list[dict[str, Any]]:
 
 def recipe_row(recipe: Recipe) -> dict[str, Any]:
     """Describe one recipe by its axes."""
+    options = recipe.heads.options if recipe.heads else ()
     return {
         "name": recipe.name,
-        "order": _axis(recipe.order),
-        "score": _axis(recipe.score),
-        "select": _axis(recipe.select),
+        "order": " | ".join(option.order.brief for option in options) or recipe.order.brief,
+        "score": "sampled rows" if options else "" if recipe.select.geometric else recipe.score.brief,
+        "select": " | ".join(option.select.brief for option in options) or recipe.select.brief,
+        "correct": recipe.correct.brief if recipe.correct else "",
         "every": recipe.every,
         "dense_steps": recipe.dense_steps,
         "preset": recipe.adaptive,
@@ -40,7 +42,8 @@ def recipe_row(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_table() -> Table:
     """Return the recipes as a table."""
-    table = _table("name", "order", "score", "select", "every", "dense steps", "source")
+    table = _table("name", "order", "score", "select", "correct", "every", "dense steps", "source")
+    table.columns[0].no_wrap = table.columns[-1].no_wrap = True
     for row in recipe_rows():
         _add(
             table,
@@ -48,6 +51,7 @@ def recipe_table() -> Table:
             row["order"],
             row["score"],
             row["select"],
+            row["correct"],
             str(row["every"]),
             f"first {row['dense_steps']:.0%}",
             "; ".join(source.split(", ")[-1] for source in row["sources"]),
@@ -86,15 +90,6 @@ def _model_row(name: str, folder: Path) -> dict[str, Any]:
         "mib": size / 2**20,
         "path": str(folder),
     }
-
-
-def _axis(axis: Config) -> str:
-    values = axis.model_dump()
-    return " ".join([values.pop("kind"), *map(_short, values.values())])
-
-
-def _short(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _table(*columns: str) -> Table:

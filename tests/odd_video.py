@@ -74,6 +74,9 @@ ORDERS: dict[str, tuple[dict[str, Any], Cell | None]] = {
     "raster": ({"kind": "raster"}, None),
     "hilbert": ({"kind": "hilbert"}, None),
     "tile": ({"kind": "tile", "video": (4, 8, 8)}, (4, 4, 4)),
+    "wfh": ({"kind": "axes", "axes": "wfh"}, None),
+    "fhw whole": ({"kind": "axes", "axes": "fhw", "whole": True}, None),
+    "hwf whole": ({"kind": "axes", "axes": "hwf", "whole": True}, None),
     "frame tile": ({"kind": "tile", "video": (1, 8, 16)}, (1, 8, 8)),
 }
 
@@ -83,7 +86,18 @@ def units_of(order: str) -> Units:
     side = ORDERS[order][1]
     if side:
         return cut_tiles(side)
-    return cut_runs(hilbert_cells() if order == "hilbert" else raster_cells())
+    if order == "hilbert":
+        return cut_runs(hilbert_cells())
+    letters = [ORDERS[order][0].get("axes", "fhw").index(letter) for letter in "fhw"]
+    cells = [
+        (at[letters[0]], at[letters[1]], at[letters[2]])
+        for at in itertools.product(*(range(GRID["fhw".index(a)]) for a in ORDERS[order][0].get("axes", "fhw")))
+    ]
+    if not ORDERS[order][0].get("whole"):
+        return cut_runs(cells)
+    slowest = "fhw".index(ORDERS[order][0]["axes"][0])
+    slices = [[cell for cell in cells if cell[slowest] == at] for at in range(GRID[slowest])]
+    return [run for cells in slices for run in cut_runs(cells)]
 
 
 def token(cell: Cell) -> int:
@@ -116,6 +130,46 @@ def pooled(units: Units, q: torch.Tensor, k: torch.Tensor) -> np.ndarray:
     return (mean_q @ mean_k.T / math.sqrt(q.shape[-1])).softmax(-1).numpy()
 
 
+def finer(score: dict[str, Any], units: Units, q: torch.Tensor, k: torch.Tensor) -> np.ndarray:
+    """Softmax over short runs of tokens inside the units, a key run counted by its tokens, averaged to units."""
+    length = score.get("tokens") or score["stride"]
+    runs = [(u, unit[i : i + length]) for u, unit in enumerate(units) for i in range(0, len(unit), length)]
+    tokens = [[token(cell) for cell in run] for _, run in runs]
+    sizes = torch.tensor([len(run) for _, run in runs]).double()
+
+    def tall(x: torch.Tensor, turned: bool) -> torch.Tensor:
+        rows = []
+        for run in tokens:
+            full = torch.cat([x[run].double(), x[run].double().mean(0).expand(length - len(run), -1)])
+            rows.append(full.flip(0).flatten() if turned else full.flatten())
+        return torch.stack(rows)
+
+    if score["kind"] == "subtiles":
+        logits = torch.stack([q[run].double().mean(0) for run in tokens])
+        logits = logits @ torch.stack([k[run].double().mean(0) for run in tokens]).T
+    else:
+        logits = tall(q, turned=True) @ tall(k, turned=False).T / length
+    share = (logits / math.sqrt(q.shape[-1]) + sizes.log()).softmax(-1)
+    out = np.zeros((len(units), len(units)))
+    for r, (row, _) in enumerate(runs):
+        for c, (col, _) in enumerate(runs):
+            out[row, col] += float(share[r, c] * sizes[r]) / len(units[row])
+    return out
+
+
+def mass(units: Units, q: torch.Tensor, k: torch.Tensor) -> np.ndarray:
+    """Exact attention over all keys, text included, added up over the keys of a unit, averaged over its queries."""
+    share = (q.double() @ k.double().T / math.sqrt(q.shape[-1])).softmax(-1)
+    tokens = [[token(cell) for cell in unit] for unit in units]
+    return np.array([[float(share[rows][:, cols].sum(-1).mean()) for cols in tokens] for rows in tokens])
+
+
+def scored(score: dict[str, Any], units: Units, q: torch.Tensor, k: torch.Tensor) -> np.ndarray:
+    if score["kind"] == "mass":
+        return mass(units, q, k)
+    return pooled(units, q, k) if score["kind"] == "pooled" else finer(score, units, q, k)
+
+
 # -- selectors, restated --------------------------------------------------------------------------------------------
 def fill(entries: list[Any], worth: Any, cost: Any, budget: float) -> list[Any]:
     """Take entries, best first, while at least half of each still fits."""
@@ -145,15 +199,25 @@ def percentile(score: np.ndarray, keep: np.ndarray, sizes: list[int], share: flo
     return chosen
 
 
-def top_p(score: np.ndarray, keep: np.ndarray, p: float) -> np.ndarray:
+def top_p(score: np.ndarray, keep: np.ndarray, p: float, least: float = 0.0) -> np.ndarray:
     chosen = keep.copy()
     for r in range(len(score)):
-        mass = 0.0
-        for c in np.argsort(-score[r], kind="stable"):
-            if mass >= p:
-                break
-            chosen[r, c] = True
-            mass += score[r, c]
+        before = 0.0
+        for rank, c in enumerate(np.argsort(-score[r], kind="stable")):
+            chosen[r, c] |= before < p * score[r].sum() or rank < int(least * len(score))
+            before += score[r, c]
+    return chosen
+
+
+def cumulative(score: np.ndarray, keep: np.ndarray, p: float) -> np.ndarray:
+    """Take pairs over all rows until they hold p of everything; each row's best in any case."""
+    chosen, before = keep.copy(), 0.0
+    chosen[np.arange(len(score)), score.argmax(1)] = True
+    for place in np.argsort(-score, axis=None, kind="stable"):
+        if before >= p * score.sum():
+            break
+        chosen[np.unravel_index(place, score.shape)] = True
+        before += score.flat[place]
     return chosen
 
 
@@ -162,7 +226,9 @@ def restated(select: dict[str, Any], score: np.ndarray, sizes: list[int]) -> np.
     if select["kind"] == "within":
         return keep | (score >= -(select["radius"] + 0.5))
     if select["kind"] == "top-p":
-        return top_p(score, keep, select["p"])
+        return top_p(score, keep, select["p"], select.get("least", 0.0))
+    if select["kind"] == "cumulative":
+        return cumulative(score, keep, select["p"])
     share = (select["density"] * LAYOUT.length**2 - (LAYOUT.length**2 - CELLS**2)) / CELLS**2
     return (top_k if select["kind"] == "top-k" else percentile)(score, keep, sizes, share)
 

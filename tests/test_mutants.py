@@ -36,8 +36,8 @@ def swapped_heads(patch: pytest.MonkeyPatch) -> None:
 def shifted_index(patch: pytest.MonkeyPatch) -> None:
     original = plan.from_units
 
-    def shifted(mask: torch.Tensor, tiling: Any) -> plan.Plan:
-        return original(mask.roll(1, -1), tiling)
+    def shifted(mask: torch.Tensor, *rest: Any) -> plan.Plan:
+        return original(mask.roll(1, -1), *rest)
 
     patch.setattr(planner, "from_units", shifted)
 
@@ -47,22 +47,17 @@ def stale_plan(patch: pytest.MonkeyPatch) -> None:
 
 
 def state_survives_the_run(patch: pytest.MonkeyPatch) -> None:
-    original = planner.Planner._by_content
-
-    def never_cleared(self: Any, call: Any) -> Any:
-        self._run = call.step.run
-        return original(self, call)
-
-    patch.setattr(planner.Planner, "_by_content", never_cleared)
+    patch.setattr(planner.Planner, "_forget_run", lambda self: None)
 
 
 def dropped_text(patch: pytest.MonkeyPatch) -> None:
     original = decide.decide
 
-    def without_text(recipe: Any, tiling: Any, *rest: Any) -> torch.Tensor:
-        mask = original(recipe, tiling, *rest).clone()
-        mask[..., ~torch.from_numpy(tiling.grid)] = False
-        return mask
+    def without_text(recipe: Any, inputs: Any) -> decide.Decision:
+        made = original(recipe, inputs)
+        grid = torch.zeros(made.cut.k.units, dtype=torch.bool)
+        grid[made.cut.k.grid] = True
+        return replace(made, mask=made.mask & grid)
 
     patch.setattr(planner, "decide", without_text)
 
@@ -98,7 +93,12 @@ def nan_is_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def batch_shares_the_first_plan(patch: pytest.MonkeyPatch) -> None:
     original = decide.decide
-    patch.setattr(planner, "decide", lambda *args: original(*args)[:1])
+
+    def first_only(recipe: Any, inputs: Any) -> decide.Decision:
+        made = original(recipe, inputs)
+        return replace(made, mask=made.mask[:1])
+
+    patch.setattr(planner, "decide", first_only)
 
 
 def sparse_counted_as_dense(patch: pytest.MonkeyPatch) -> None:

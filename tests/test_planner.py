@@ -15,9 +15,9 @@ from dit_accel.config import Recipe
 from dit_accel.errors import ConfigError, PlanError
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import planner as planner_module
-from dit_accel.sparsity.decide import state_bytes
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.recipes import resolve
+from dit_accel.sparsity.state import state_bytes
 from dit_accel.step import StepInfo
 
 LAYOUT = TokenLayout(grid=(1, 16, 16))
@@ -82,9 +82,9 @@ def test_a_new_run_frees_the_old_ones_state() -> None:
     planner = Planner(RECIPE)
     for branch in ("cond", "uncond"):
         planner.plan(call(0, 0, step=StepInfo(1, 0, 8, branch)))
-    assert planner.nbytes == 2 * state_bytes(RECIPE, LAYOUT, batch=1, heads=2) > 0
+    assert planner.nbytes == 2 * state_bytes(RECIPE, LAYOUT, batch=1, heads=2, dim=16) > 0
     planner.plan(call(0, 0, step=StepInfo(2, 0, 8, "cond")))
-    assert planner.nbytes == state_bytes(RECIPE, LAYOUT, batch=1, heads=2)
+    assert planner.nbytes == state_bytes(RECIPE, LAYOUT, batch=1, heads=2, dim=16)
     planner.clear()
     assert planner.nbytes == 0
 

@@ -31,9 +31,9 @@ def slow_fill(entries: list[tuple[float, int]], costs: list[float], budget: floa
 
 @pytest.mark.parametrize("seed", range(20))
 def test_top_k_against_a_slow_restatement(seed: int) -> None:
-    score, keep, rows, cols = draw(seed)
+    score, keep, _, cols = draw(seed)
     share = 0.05 + 0.9 * seed / 20
-    mask = selectors.top_k(score, keep, rows, cols, share)
+    mask = selectors.top_k(score, keep, cols, share)
     for b in range(2):
         for h in range(3):
             for r in range(score.shape[2]):
@@ -85,7 +85,7 @@ def test_undecidable_scores_are_computed(bad: float) -> None:
     score, keep, rows, cols = draw(3)
     score[0, 0, 1] = bad
     for mask in (
-        selectors.top_k(score, keep, rows, cols, 0.1),
+        selectors.top_k(score, keep, cols, 0.1),
         selectors.percentile(score, keep, rows, cols, 0.1),
         selectors.top_p(score, keep, 0.1),
         selectors.within(score, keep, 0),
@@ -105,4 +105,4 @@ def test_no_row_is_empty_at_the_smallest_share() -> None:
     nothing = torch.zeros(6, 6, dtype=torch.bool)
     ones = torch.ones(6)
     assert selectors.percentile(score, nothing, ones, ones, 1e-6).any(-1).all()
-    assert selectors.top_k(score, nothing, ones, ones, 1e-6).any(-1).all()
+    assert selectors.top_k(score, nothing, ones, 1e-6).any(-1).all()

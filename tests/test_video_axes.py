@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from odd_video import ORDERS, Cell, geometry, planned, pooled, restated, spelled_out, units_of
+from odd_video import ORDERS, Cell, geometry, planned, restated, scored, spelled_out, units_of
 
 import dit_accel
 from dit_accel.layout import Grid, Text, TokenLayout
@@ -40,22 +40,29 @@ def test_geometry(order: str, shape: str, select: dict[str, Any]) -> None:
     assert torch.equal(plan.to_mask()[0, 0], spelled_out(chosen, units))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    "select",
-    [
-        {"kind": "top-k", "density": 0.3},
-        {"kind": "percentile", "density": 0.25},
-        {"kind": "top-p", "p": 0.6},
-    ],
-    ids=str,
-)
-def test_pooled_and_the_attention_on_it(order: str, select: dict[str, Any]) -> None:
+POOLED = {"kind": "pooled"}
+TOP_K = {"kind": "top-k", "density": 0.3}
+CHOICES = [  # every order with one rule, then every score and every rule over scores
+    *((order, POOLED, TOP_K) for order in ORDERS),
+    ("hilbert", POOLED, {"kind": "percentile", "density": 0.25}),
+    ("hilbert", POOLED, {"kind": "top-p", "p": 0.6}),
+    ("wfh", POOLED, {"kind": "top-p", "p": 0.2, "least": 0.4}),
+    ("tile", POOLED, {"kind": "cumulative", "p": 0.5}),
+    ("tile", {"kind": "subtiles", "tokens": 16}, TOP_K),
+    ("hwf whole", {"kind": "subtiles", "tokens": 8}, {"kind": "cumulative", "p": 0.4}),
+    ("hilbert", {"kind": "antidiagonal", "stride": 16}, {"kind": "top-p", "p": 0.5}),
+    ("raster", {"kind": "antidiagonal", "stride": 8}, {"kind": "percentile", "density": 0.3}),
+    ("frame tile", {"kind": "mass"}, {"kind": "top-p", "p": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("order", "score", "select"), CHOICES, ids=str)
+def test_scores_and_the_attention_on_them(order: str, score: dict[str, Any], select: dict[str, Any]) -> None:
     units = units_of(order)
-    plan, q, k, v, out = planned({"order": ORDERS[order][0], "score": {"kind": "pooled"}, "select": select})
+    plan, q, k, v, out = planned({"order": ORDERS[order][0], "score": score, "select": select})
     mask = plan.to_mask()
-    for b, h in itertools.product(range(2), range(2)):
-        chosen = restated(select, pooled(units, q[b, :, h], k[b, :, h]), [len(unit) for unit in units])
+    for b, h in ((0, 0), (1, 1)):
+        chosen = restated(select, scored(score, units, q[b, :, h], k[b, :, h]), [len(unit) for unit in units])
         assert torch.equal(mask[b, h], spelled_out(chosen, units)), (b, h)
     logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(8)
     gold = torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(~mask, -math.inf).softmax(-1), v.double())
@@ -71,7 +78,8 @@ def meets(name: str, a: list[Cell], b: list[Cell]) -> bool:
     return bool({cell[1:] for cell in a} & {cell[1:] for cell in b})
 
 
-@pytest.mark.parametrize("order", ORDERS)
+# in the other orders each unit holds tokens of all frames, so these keeps would keep everything
+@pytest.mark.parametrize("order", ["raster", "hilbert", "tile", "frame tile", "fhw whole"])
 @pytest.mark.parametrize("names", [("first_frame",), ("own_frame",), ("own_place",), ("first_frame", "own_place")])
 def test_frame_keeps(order: str, names: tuple[str, ...]) -> None:
     """At the smallest density nothing but the keeps is left."""

@@ -1,64 +1,143 @@
-"""Run a recipe's axes once: layout, queries and keys in, a mask over unit pairs out."""
+"""Run a recipe's axes once: layout, queries and keys in, how the tokens lie and which unit pairs are computed out."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from ..config import Keeps, PercentileSelect, Recipe, TopKSelect, TopPSelect, WithinSelect
+from ..config import (
+    CumulativeSelect,
+    ErrorSelect,
+    GilbertOrder,
+    ImportanceOrder,
+    Keeps,
+    KMeansOrder,
+    LinesSelect,
+    NeighborhoodSelect,
+    PercentileSelect,
+    RasterOrder,
+    Recipe,
+    SampledScore,
+    Select,
+    StaticOrder,
+    TopKSelect,
+    TopPSelect,
+    WithinSelect,
+)
 from ..layout import TokenLayout
-from . import frames, scores, selectors
+from . import content, error, frames, heads, lines, selectors, shapes
+from .adjacency import adjacent
+from .content import Centroids
+from .cut import Cut
+from .inputs import Inputs
+from .scores import Scene, grid_weights, score
 from .tiling import Tiling, tiling
 
 
-def tiling_for(recipe: Recipe, layout: TokenLayout) -> Tiling:
-    """Return the recipe's cut of a layout (cached)."""
-    return tiling(layout, recipe.order, recipe.block_q, recipe.block_k)
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """Which unit pairs are computed, bool [B|1, H|1, query units, key units], and how the tokens lie in units.
 
-
-def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int) -> int:
-    """Return the bytes a recipe keeps per attention site and guidance branch between steps."""
-    if recipe.every == 1 or not recipe.content_driven:
-        return 0
-    units = tiling_for(recipe, layout).units
-    return batch * heads * units * -(-units // 8)
-
-
-def decide(recipe: Recipe, tiling: Tiling, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return which unit pairs are computed, bool [B|1, H|1, units, units].
-
-    `q`, `k` [B, S, H, D]. Text rows and columns are always computed; the recipe chooses among grid pairs.
+    `skip_heads` bool [B|1, H]: heads that compute nothing on purpose. `warm`: where the next decision may start.
     """
-    device = q.device
-    grid = tiling.on(device).grid_units
-    if recipe.score.kind == "geometry":
-        score = scores.geometry(tiling, recipe.score, device)
+
+    cut: Cut
+    mask: torch.Tensor
+    skip_heads: torch.Tensor | None = None
+    warm: Centroids | None = None
+
+
+def tiling_for(recipe: Recipe, layout: TokenLayout) -> Tiling:
+    """Return the recipe's static cut of a layout (cached); content orders start from a Gilbert curve."""
+    dilation = recipe.select.dilation if isinstance(recipe.select, NeighborhoodSelect) else (1, 1, 1)
+    per_tile = isinstance(recipe.select, NeighborhoodSelect) and recipe.select.per == "tile"
+    dilation = (1, 1, 1) if per_tile else dilation
+    return tiling(layout, _static(recipe), recipe.block_q, recipe.block_k, dilation)
+
+
+def _static(recipe: Recipe) -> StaticOrder:
+    order = recipe.order
+    if isinstance(order, ImportanceOrder):
+        return GilbertOrder()
+    return RasterOrder() if isinstance(order, KMeansOrder) else order
+
+
+def decide(recipe: Recipe, inputs: Inputs) -> Decision:
+    """Return what a recipe computes. Text rows and columns are always computed; it chooses among grid pairs."""
+    if recipe.heads is not None:
+        made = [decide(option(recipe, i), inputs) for i in range(len(recipe.heads.options))]
+        cut, mask, skip = heads.choose(recipe.heads, [(one.cut, one.mask) for one in made], inputs)
+        return Decision(cut, mask, skip_heads=skip)
+    tiles = tiling_for(recipe, inputs.layout)
+    cut, warm = _cut(recipe, tiles, inputs)
+    device = inputs.q.device
+    rows, cols = cut.q.grid, cut.k.grid
+    keep = torch.zeros(len(rows), len(cols), dtype=torch.bool, device=device)
+    if not isinstance(recipe.order, ImportanceOrder | KMeansOrder):
+        keep = keep_mask(tiles, recipe.keeps, device)[rows[:, None], cols]
+    if recipe.select.geometric:
+        share = None if recipe.select.asked is None else grid_share(inputs.layout, recipe.select.asked)
+        keep = keep & (recipe.select.kind != "none")
+        chosen = keep | _places_on(tiles, recipe.select, share, device)
     else:
-        score = scores.pooled(tiling, q, k, scale)
-    score = score[..., grid[:, None], grid[None]]
-    keep = keep_mask(tiling, recipe.keeps, device)[grid[:, None], grid[None]]
-    chosen = _select(recipe, tiling, score, keep, grid)
-    mask = torch.ones(*chosen.shape[:2], tiling.units, tiling.units, dtype=torch.bool, device=device)
-    mask[..., grid[:, None], grid[None]] = chosen
-    return mask
+        scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
+        chosen = _by_score(recipe, scene, inputs, keep)
+    mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=device)
+    mask[..., rows[:, None], cols] = chosen
+    return Decision(cut, mask, warm=warm)
 
 
-def _select(
-    recipe: Recipe, tiling: Tiling, score: torch.Tensor, keep: torch.Tensor, grid: torch.Tensor
-) -> torch.Tensor:
-    tokens = tiling.on(score.device).tokens[grid]
+@lru_cache(maxsize=256)
+def option(recipe: Recipe, index: int) -> Recipe:
+    """Return the recipe that a head follows when it takes one option."""
+    assert recipe.heads is not None
+    chosen = recipe.heads.options[index]
+    # built without checks: 'none' may stand in an option only, and the recipe was checked as a whole
+    return recipe.model_copy(
+        update={"heads": None, "order": chosen.order, "score": chosen.score, "select": chosen.select}
+    )
+
+
+def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Centroids | None]:
+    if isinstance(recipe.order, ImportanceOrder):
+        return content.by_importance(tiles, recipe.order, inputs.q, inputs.k, inputs.scale, inputs.bias), None
+    if isinstance(recipe.order, KMeansOrder):
+        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, inputs.warm)
+    return tiles.on(inputs.q.device).cut, None
+
+
+def _by_score(recipe: Recipe, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> torch.Tensor:
+    """Run the recipe's score and its selection, bool over grid units."""
     select = recipe.select
+    share = None if select.asked is None else grid_share(inputs.layout, select.asked)
+    if isinstance(select, LinesSelect) and isinstance(recipe.score, SampledScore):
+        return lines.select(scene, recipe.score.rows, keep, share or 0.0, select.columns)
+    worth = score(scene, recipe.score)
+    if isinstance(select, ErrorSelect):
+        return error.select(scene, inputs.v, worth, keep, select.p, select.least, share)
+    return _select(select, inputs.layout, scene.cut, worth, keep)
+
+
+def _select(select: Select, layout: TokenLayout, cut: Cut, worth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    rows, cols = grid_weights(cut.q), grid_weights(cut.k)
     if isinstance(select, WithinSelect):
-        return selectors.within(score, keep, select.radius)
+        return selectors.within(worth, keep, select.radius)
+    if isinstance(select, CumulativeSelect):
+        return selectors.cumulative(worth, keep, select.p, select.rescale)
+    if isinstance(select, TopPSelect) and select.density is None:
+        return selectors.top_p(worth, keep, select.p, select.least)
+    assert select.asked is not None
+    share = grid_share(layout, select.asked)
     if isinstance(select, TopPSelect):
-        return selectors.top_p(score, keep, select.p)
-    share = grid_share(tiling.layout, select.density)
+        return selectors.top_p_of_density(worth, keep, rows, cols, share, select.least)
     if isinstance(select, TopKSelect):
-        return selectors.top_k(score, keep, tokens, tokens, share)
+        return selectors.top_k(worth, keep, cols, share, select.spread)
     assert isinstance(select, PercentileSelect)
-    return selectors.percentile(score, keep, tokens, tokens, share)
+    return selectors.percentile(worth, keep, rows, cols, share)
 
 
 def grid_share(layout: TokenLayout, density: float) -> float:
@@ -72,29 +151,85 @@ def grid_share(layout: TokenLayout, density: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def floor_note(recipe: Recipe, layout: TokenLayout) -> str:
-    """Say in plain words when the asked density cannot be reached on this layout, else ''."""
+def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
+    """Say in plain words when the asked density cannot be met on this layout by so many heads, else ''."""
+    asked = recipe.density
+    if asked is None:
+        return ""
     cells = layout.length - layout.text
     text_share = 1 - (cells / layout.length) ** 2
     least = text_share + _kept_pairs(recipe, layout) / layout.length**2
-    if recipe.density is None or recipe.density >= least:
+    if asked < least:
+        return (
+            f"asked density {asked:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
+            f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
+        )
+    units = _key_units(recipe, layout)
+    step = 1.0 if recipe.select.kind == "lines" else 0.5  # half a unit, or a whole line of them
+    if step / units > 0.2 * asked:
+        return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
+    sizes = _option_sizes(recipe, layout)
+    if not sizes:
         return ""
-    return (
-        f"asked density {recipe.density:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
-        f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
-    )
+    met = min(sizes, key=lambda size: abs(size - asked))
+    if recipe.heads is not None and recipe.heads.budget is not None and min(sizes) < asked:
+        apart = max(b - a for a, b in pairwise(sizes))
+        rough = apart / 2 / heads > 0.2 * asked
+        return (
+            f"asked density {asked:g}: {heads} heads with patterns of {_listed(sizes)} meet it roughly" if rough else ""
+        )
+    if abs(met / asked - 1) > 0.2:
+        return f"asked density {asked:g}: the patterns of {recipe.name!r} take {_listed(sizes)} on this grid"
+    return ""
+
+
+def _listed(sizes: list[float]) -> str:
+    return ", ".join(f"{size:.2f}" for size in sizes)
+
+
+def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
+    if isinstance(recipe.order, KMeansOrder):
+        return content.clusters(layout, recipe.order)[1]
+    tiles = tiling_for(recipe if recipe.heads is None else option(recipe, 0), layout)
+    return int(tiles.grid.sum())
+
+
+def _option_sizes(recipe: Recipe, layout: TokenLayout) -> list[float]:
+    """Return the densities of the patterns of places among which heads choose, smallest first."""
+    if recipe.heads is None:
+        return []
+    cells, sizes = layout.length - layout.text, set[float]()
+    for index in range(len(recipe.heads.options)):
+        here = option(recipe, index)
+        if here.select.geometric:
+            tiles = tiling_for(here, layout)
+            share = None if here.select.asked is None else grid_share(layout, here.select.asked)
+            mask = shapes.unit_mask(tiles, here.select, share)
+            keep = keep_mask(tiles, recipe.keeps, torch.device("cpu")).numpy()[tiles.grid][:, tiles.grid]
+            got = shapes.share_of(mask | keep, shapes.sizes(tiles))
+            sizes.add(1 + (got - 1) * (cells / layout.length) ** 2)
+    return sorted(sizes)
 
 
 def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
     """Count the grid's token pairs that are computed whatever their score."""
+    if isinstance(recipe.order, ImportanceOrder | KMeansOrder):
+        return 0.0
     tiling = tiling_for(recipe, layout)
     keep = keep_mask(tiling, recipe.keeps, torch.device("cpu")).numpy()[tiling.grid][:, tiling.grid]
     tokens = tiling.tokens[tiling.grid]
     return float((keep * np.outer(tokens, tokens)).sum())
 
 
+@lru_cache(maxsize=64)
+def _places_on(tiles: Tiling, select: Select, share: float | None, device: torch.device) -> torch.Tensor:
+    """Return a rule of places on a device, bool [1, 1, units, units], uploaded once."""
+    return torch.from_numpy(shapes.unit_mask(tiles, select, share)).to(device)[None, None]
+
+
+@lru_cache(maxsize=64)
 def keep_mask(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tensor:
-    """Return the unit pairs that are computed whatever their score, bool [units, units]."""
+    """Return the unit pairs that are computed whatever their score, bool [units, units], made once a device."""
     mask = torch.zeros(tiling.units, tiling.units, dtype=torch.bool, device=device)
     if keeps.own:
         mask |= torch.eye(tiling.units, dtype=torch.bool, device=device)
@@ -106,4 +241,6 @@ def keep_mask(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tenso
         mask |= torch.from_numpy(frames.own_place(tiling)).to(device)
     if keeps.sinks:
         mask |= torch.from_numpy(tiling.sink_rank < keeps.sinks).to(device)[None]
+    if keeps.adjacent:
+        mask |= torch.from_numpy(adjacent(tiling)).to(device)
     return mask

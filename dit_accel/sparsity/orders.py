@@ -6,13 +6,10 @@ will share blocks. Every order works on any grid; ragged units are simply shorte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.int64]
-Shape = tuple[int, int, int]
+from . import curves
+from .curves import Array, Shape
 
 
 def runs(sequence: Array, length: int) -> list[Array]:
@@ -25,61 +22,46 @@ def raster(grid: Shape, unit: int) -> list[Array]:
     return runs(np.arange(np.prod(grid), dtype=np.int64), unit)
 
 
-def tile(grid: Shape, size: Shape) -> list[Array]:
+def tile(grid: Shape, size: Shape, dilation: Shape = (1, 1, 1)) -> list[Array]:
     """Cut the grid into tiles of `size` tokens, raster order inside and between the tiles.
 
     Border tiles are smaller where the grid is not a multiple of the tile (GRAT, Ren et al. 2025; Sliding Tile
-    Attention, Zhang et al. 2025; DraftAttention, Shen et al. 2025 use such tiles on divisible grids only).
+    Attention, Zhang et al. 2025; DraftAttention, Shen et al. 2025 use such tiles on divisible grids only). With a
+    `dilation` the tokens of one residue on every axis are tiled by themselves.
     """
     tokens = np.arange(np.prod(grid), dtype=np.int64).reshape(grid)
-    starts = [range(0, extent, step) for extent, step in zip(grid, size, strict=True)]
+    residues = np.ndindex(*(min(d, g) for d, g in zip(dilation, grid, strict=True)))
+    parts = [tokens[f :: dilation[0], h :: dilation[1], w :: dilation[2]] for f, h, w in residues]
     return [
-        tokens[f : f + size[0], h : h + size[1], w : w + size[2]].reshape(-1)
-        for f in starts[0]
-        for h in starts[1]
-        for w in starts[2]
+        part[f : f + size[0], h : h + size[1], w : w + size[2]].reshape(-1)
+        for part in parts
+        for f in range(0, part.shape[0], size[0])
+        for h in range(0, part.shape[1], size[1])
+        for w in range(0, part.shape[2], size[2])
     ]
 
 
 def hilbert(grid: Shape, unit: int) -> list[Array]:
-    """Follow a Hilbert curve through the grid and cut it into runs of `unit` tokens.
+    """Follow a Hilbert curve through the grid and cut it into runs of `unit` tokens."""
+    return runs(curves.hilbert(grid), unit)
 
-    The curve is that of the smallest enclosing power-of-two cube (square for pictures), the cells outside the
-    grid left out, so any grid works; Skilling, "Programming the Hilbert curve" (2004).
+
+def gilbert(grid: Shape, unit: int) -> list[Array]:
+    """Follow a generalised Hilbert curve through the grid and cut it into runs of `unit` tokens."""
+    return runs(curves.gilbert(grid), unit)
+
+
+def by_axes(grid: Shape, unit: int, axes: str, whole: bool) -> list[Array]:
+    """Lay the tokens in an order of the axes, the first letter of `axes` slowest, and cut that into runs.
+
+    With `whole` the runs end with each slice of the slowest axis. PAROAttention (Zhao et al. 2025) gives each head
+    one of the six orders; Sparse VideoGen (Xi et al. 2025) uses "fhw" and, for temporal heads, "hwf".
     """
-    coords = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid), axis=-1).astype(np.int64)
-    axes = [axis for axis in range(3) if grid[axis] > 1] or [2]
-    bits = max(1, int(max(grid) - 1).bit_length())
-    key = _hilbert_key(coords[:, axes], bits)
-    return runs(np.argsort(key, kind="stable").astype(np.int64), unit)
-
-
-def _hilbert_key(points: Array, bits: int) -> Array:
-    """Return each point's position along the Hilbert curve of 2**bits cells a side."""
-    x = points.T.copy()
-    n = len(x)
-    q = 1 << (bits - 1)
-    while q > 1:  # undo the rotations and reflections, from the coarsest level down
-        low = q - 1
-        for i in range(n):
-            flip = (x[i] & q) != 0
-            swap = np.where(flip, 0, (x[0] ^ x[i]) & low)
-            x[0] = np.where(flip, x[0] ^ low, x[0] ^ swap)
-            x[i] ^= swap
-        q >>= 1
-    for i in range(1, n):  # Gray code
-        x[i] ^= x[i - 1]
-    flip = np.zeros_like(x[0])
-    q = 1 << (bits - 1)
-    while q > 1:
-        flip = np.where((x[n - 1] & q) != 0, flip ^ (q - 1), flip)
-        q >>= 1
-    x ^= flip
-    key = np.zeros_like(x[0])
-    for bit in range(bits - 1, -1, -1):
-        for i in range(n):
-            key = (key << 1) | ((x[i] >> bit) & 1)
-    return key
+    tokens = np.arange(np.prod(grid), dtype=np.int64).reshape(grid)
+    laid = tokens.transpose(["fhw".index(letter) for letter in axes])
+    if not whole:
+        return runs(laid.reshape(-1), unit)
+    return [run for piece in laid for run in runs(piece.reshape(-1), unit)]
 
 
 def fit_tile(grid: Shape, size: Shape, least_units: int = 32, least_tokens: int = 64) -> Shape:
@@ -97,6 +79,3 @@ def fit_tile(grid: Shape, size: Shape, least_units: int = 32, least_tokens: int 
         axis = max(range(3), key=lambda a: side[a])
         side[axis] = -(-side[axis] // 2)
     return (side[0], side[1], side[2])
-
-
-ORDERS: dict[str, Callable[..., list[Array]]] = {"raster": raster, "tile": tile, "hilbert": hilbert}

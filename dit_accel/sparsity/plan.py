@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..errors import PlanError
-from ..kernels.block_sparse import Predicate
-from .tiling import Tiling
+from ..kernels.block_sparse import Predicate, block_sparse_attention
+from .cut import Cut
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What a plan is run on: `q`, `k`, `v` [B, S, H, D], the factor of the logits, a bias [B|1, H|1, keys]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +32,7 @@ class Branch:
     `index` int32 [B|1, H|1, query blocks, M] key-block ids, of which the first `count` are used and the first
     `full_count` hold no holes and need no predicate. `q_order`, `k_order` int32 [B|1, H|1, slots]: slot to
     token, -1 a hole, None the identity. `key_bias` float [B|1, H|1, keys] is added to the logits.
-    `skip_heads` bool [H] marks heads that this branch leaves out on purpose.
+    `skip_heads` bool [B|1, H] marks heads that this branch leaves out on purpose.
     """
 
     block_q: int
@@ -39,6 +51,24 @@ class Branch:
         tensors = (self.index, self.count, self.full_count, self.q_order, self.k_order, self.key_bias)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the branch; return out [B, S, H, D] and lse [B, H, S]."""
+        return block_sparse_attention(
+            given.q,
+            given.k,
+            given.v,
+            self.index,
+            self.count,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            full_count=self.full_count,
+            q_order=self.q_order,
+            k_order=self.k_order,
+            key_bias=_add(self.key_bias, given.bias),
+            predicate=self.predicate,
+            scale=given.scale,
+        )
+
     def block_mask(self, key_blocks: int) -> torch.Tensor:
         """Return which blocks are computed, bool [B|1, H|1, query blocks, key blocks]."""
         used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
@@ -48,12 +78,25 @@ class Branch:
         return mask.scatter_(-1, target, True)[..., :key_blocks]
 
 
+class Pooled(Protocol):
+    """A further branch over pooled keys: it stands for pairs that are not computed."""
+
+    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Fix(Protocol):
+    """A change of the merged output [B, S, H, D], which came with the log-sum-exps [B, H, S]."""
+
+    def apply(self, out: torch.Tensor, lse: torch.Tensor, given: Operands) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Which pairs of an attention call of `queries` x `keys` tokens are computed.
 
     No branches means dense: every pair, by the stock attention. `pairs` is the number of computed pairs per
-    (batch, head) as a tensor, so that the density can be had without waiting for the device.
+    (batch, head) as a tensor, so that the density can be had without waiting for the device. `pooled` and `fixes` are
+    what a correction adds; they compute no pairs. `measures` says why a call is computed in full all the same.
     """
 
     queries: int
@@ -61,6 +104,9 @@ class Plan:
     branches: tuple[Branch, ...] = ()
     pairs: torch.Tensor | None = None
     note: str = ""
+    pooled: tuple[Pooled, ...] = ()
+    fixes: tuple[Fix, ...] = ()
+    measures: str = ""
 
     @property
     def dense(self) -> bool:
@@ -165,7 +211,7 @@ class Plan:
         empty = ~(total > 0).any(-1)
         for branch in self.branches:
             if branch.skip_heads is not None:
-                empty = empty & ~branch.skip_heads[None, :, None].to(empty.device)
+                empty = empty & ~torch.atleast_2d(branch.skip_heads)[:, :, None].to(empty.device)
         if bool(empty.any()):
             where = tuple(int(n) for n in empty.nonzero()[0])
             raise PlanError(f"plan: query {where[2]} of batch {where[0]}, head {where[1]} has no key.")
@@ -179,6 +225,10 @@ class Plan:
         for i, picture in enumerate(pictures):
             sheet.paste(picture, (i * (size + 8), 0))
         return sheet
+
+
+def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return a + b if a is not None and b is not None else a if a is not None else b
 
 
 def _one(x: torch.Tensor, sample: int, head: int) -> torch.Tensor:
@@ -202,65 +252,82 @@ def _admitted(predicate: Predicate, like: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PackedPlan:
-    """A plan at rest between steps: one bit per unit pair instead of index lists."""
+    """A decision at rest between steps: one bit per unit pair instead of index lists, and how the tokens lie."""
 
-    bits: torch.Tensor  # uint8 [B|1, H|1, units, ceil(units / 8)]
-    tiling: Tiling
+    bits: torch.Tensor  # uint8 [B|1, H|1, query units, ceil(key units / 8)]
+    cut: Cut
     note: str = field(default="")
+    skip_heads: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.bits.numel()
+        return self.bits.numel() + self.cut.nbytes
 
     @classmethod
-    def pack(cls, mask: torch.Tensor, tiling: Tiling, note: str = "") -> PackedPlan:
-        """Pack a unit mask, bool [B|1, H|1, units, units]."""
-        width = -(-tiling.units // 8) * 8
-        padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, width - tiling.units))
+    def pack(cls, mask: torch.Tensor, cut: Cut, note: str = "", skip_heads: torch.Tensor | None = None) -> PackedPlan:
+        """Pack a unit mask, bool [B|1, H|1, query units, key units]."""
+        width = -(-mask.shape[-1] // 8) * 8
+        padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, width - mask.shape[-1]))
         weights = (1 << torch.arange(8, device=mask.device, dtype=torch.int32)).to(torch.uint8)
         bits = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
-        return cls(bits, tiling, note)
+        return cls(bits, cut, note, skip_heads)
 
     def mask(self) -> torch.Tensor:
-        """Return the unit mask, bool [B|1, H|1, units, units]."""
+        """Return the unit mask, bool [B|1, H|1, query units, key units]."""
         shifts = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
-        return ((self.bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., : self.tiling.units]
+        return ((self.bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., : self.cut.k.units]
 
     def expand(self) -> Plan:
         """Rebuild the index lists."""
-        return replace(from_units(self.mask(), self.tiling), note=self.note)
+        return replace(from_units(self.mask(), self.cut, self.skip_heads), note=self.note)
 
 
-def from_units(mask: torch.Tensor, tiling: Tiling) -> Plan:
-    """Turn a mask over unit pairs, bool [B|1, H|1, units, units], into a one-branch plan.
+def from_units(mask: torch.Tensor, cut: Cut, skip_heads: torch.Tensor | None = None) -> Plan:
+    """Turn a mask over unit pairs, bool [B|1, H|1, query units, key units], into a one-branch plan.
 
-    Blocks that hold no token are left out; blocks without holes are marked full. Nothing is read back from the
-    device.
+    Blocks that hold no token are left out; blocks without holes are marked full. `skip_heads` bool [B|1, H] marks heads
+    that compute nothing on purpose. Nothing is read back from the device.
     """
-    uploaded = tiling.on(mask.device)
-    tokens_q, tokens_k = uploaded.tokens_q, uploaded.tokens_k
-    per_q, per_k = tiling.unit // tiling.block_q, tiling.unit // tiling.block_k
-    blocks = mask.repeat_interleave(per_q, -2).repeat_interleave(per_k, -1)
-    blocks = blocks & (tokens_q > 0)[:, None] & (tokens_k > 0)[None]
-    full = blocks & (tokens_k == tiling.block_k)[None]
-    if tiling.identity:  # without an order the kernel counts blocks from the lengths, so drop what is beyond them
-        rows, cols = (-(-tiling.layout.length // size) for size in (tiling.block_q, tiling.block_k))
-        blocks, full = blocks[..., :rows, :cols], full[..., :rows, :cols]
-        tokens_q, tokens_k = tokens_q[:rows], tokens_k[:cols]
-    rank = blocks.to(torch.uint8) + full.to(torch.uint8)  # full blocks first, then ragged ones, then the rest
-    index = rank.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
-    pairs = (blocks * (tokens_q[:, None] * tokens_k[None])).sum((-1, -2))
-    order = None if tiling.identity else uploaded.slots[None, None]
-    count = blocks.sum(-1, dtype=torch.int32)
+    q, k = cut.q, cut.k
+    blocks = _spread(_spread(mask, q.owner, -2), k.owner, -1)
+    blocks = blocks & (q.tokens > 0)[..., None] & (k.tokens > 0)[..., None, :]
+    full = blocks & (k.tokens == k.block)[..., None, :]
+    index, count, full_count = _lists(blocks, full)
+    pairs = (blocks * (q.tokens[..., None] * k.tokens[..., None, :])).sum((-1, -2))
     branch = Branch(
-        block_q=tiling.block_q,
-        block_k=tiling.block_k,
+        block_q=q.block,
+        block_k=k.block,
         index=index,
         count=count,
         # the same tensor tells the kernel that nothing is partial, so that it compiles without the masked loop
-        full_count=count if order is None or tiling.whole else full.sum(-1, dtype=torch.int32),
-        q_order=order,
-        k_order=order,
+        full_count=count if k.identity or k.whole else full_count,
+        q_order=None if q.identity else q.slots,
+        k_order=None if k.identity else k.slots,
+        skip_heads=skip_heads,
     )
-    length = tiling.layout.length
-    return Plan(queries=length, keys=length, branches=(branch,), pairs=pairs)
+    return Plan(queries=cut.length, keys=cut.length, branches=(branch,), pairs=pairs)
+
+
+def _spread(mask: torch.Tensor, owner: torch.Tensor, axis: int) -> torch.Tensor:
+    """Repeat the units of one axis of a mask for the blocks they own."""
+    if owner.shape[:2] == (1, 1):
+        return mask.index_select(axis, owner[0, 0])
+    b, h = torch.broadcast_shapes(mask.shape[:2], owner.shape[:2])
+    at = owner[..., None] if axis == -2 else owner[..., None, :]
+    shape = [b, h, *mask.shape[2:]]
+    shape[axis] = owner.shape[-1]
+    return mask.expand(b, h, -1, -1).gather(axis, at.expand(shape))
+
+
+def _lists(blocks: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each row's block ids, full ones first, how many there are, and how many are full, all int32."""
+    width = blocks.shape[-1]
+    full_count = full.sum(-1, dtype=torch.int32)
+    count = blocks.sum(-1, dtype=torch.int32)
+    among_full = full.cumsum(-1, dtype=torch.int32)
+    among_all = blocks.cumsum(-1, dtype=torch.int32)
+    place = torch.where(full, among_full, full_count[..., None] + among_all - among_full) - 1
+    place = torch.where(blocks, place, width).long()  # what is not computed goes to an extra column
+    ids = torch.arange(width, dtype=torch.int32, device=blocks.device).expand_as(place)
+    index = torch.zeros(*place.shape[:-1], width + 1, dtype=torch.int32, device=blocks.device)
+    return index.scatter_(-1, place, ids)[..., :width].contiguous(), count, full_count

@@ -7,25 +7,55 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import Recipe
+from ..config import DiskSelect, NeighborhoodSelect, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
+from .content import Centroids
+from .correct import Missing, corrected, residual
 from .crossover import slower_reason
-from .decide import decide, floor_note, state_bytes, tiling_for
+from .cut import Cut
+from .decide import Decision, decide, floor_note, grid_share, tiling_for
+from .drift import Probe, look
+from .exact import exact_plan
+from .inputs import Inputs
 from .plan import PackedPlan, Plan, from_units
+from .state import state_bytes
 
-STATE_LIMIT = 8 << 30  # bytes of plans kept between steps
+STATE_LIMIT = 8 << 30  # bytes of decisions kept between steps
 LAYOUT_LIMIT = 8  # geometric plans kept
 
 
 @dataclass(frozen=True)
 class _Kept:
+    """What one site and branch remembers: its last decision, and where the next one may start."""
+
     step: int
     layout: TokenLayout
     shape: tuple[int, ...]
     device: torch.device
-    plan: PackedPlan
+    plan: PackedPlan | None = None
+    warm: Centroids | None = None
+    missing: Missing | None = None
+    probe: Probe | None = None
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.plan, self.warm, self.missing, self.probe)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A plan that depends on the layout alone, and what it was made from where a correction needs that."""
+
+    plan: Plan
+    cut: Cut
+    mask: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.nbytes
 
 
 class Planner:
@@ -37,19 +67,25 @@ class Planner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._fixed: dict[tuple[TokenLayout, torch.device], Plan] = {}
+        self._fixed: dict[tuple[Recipe, TokenLayout, torch.device], _Fixed] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}
+        self._missing: dict[tuple[str, str], _Kept] = {}
         self._run: int | None = None
 
     def clear(self) -> None:
         """Forget everything that was decided."""
         self._fixed.clear()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._kept.clear()
+        self._missing.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes kept between steps."""
-        return sum(kept.plan.nbytes for kept in self._kept.values()) + sum(p.nbytes for p in self._fixed.values())
+        parts = (*self._kept.values(), *self._missing.values(), *self._fixed.values())
+        return sum(part.nbytes for part in parts)
 
     def dense_reason(self, site: Site, step: StepInfo, layout: TokenLayout, x: torch.Tensor) -> str:
         """Say why the recipe leaves a call dense before its queries are known, '' if it does not.
@@ -57,60 +93,161 @@ class Planner:
         `x` is any tensor of the call: its device tells which measured table applies.
         """
         recipe = self.recipe
-        if recipe.density == 1:
-            return "density 1 is dense"
         if site.index < recipe.dense_layers:
             return f"first {recipe.dense_layers} layers stay dense"
         if step.index is None or step.total is None:
-            return step.reason if recipe.dense_steps or recipe.every > 1 else ""
-        first = int(recipe.dense_steps * step.total + 0.5)
-        if step.index < first:
-            return f"first {first} of {step.total} steps stay dense"
-        return slower_reason(layout.length, recipe.density, x.device) if recipe.adaptive else ""
+            if recipe.dense_steps or recipe.stateful or recipe.cases:
+                return step.reason
+        else:
+            first = int(recipe.dense_steps * step.total + 0.5)
+            if step.index < first:
+                return f"first {first} of {step.total} steps stay dense"
+        here = self._recipe_at(site, step)
+        if here.density == 1:
+            return "density 1 is dense"
+        if here.select.kind == "all" and here.heads is None:
+            return "the recipe computes every pair here"
+        return slower_reason(layout.length, here.density, x.device) if recipe.adaptive else ""
 
     def plan(self, call: AttentionCall) -> Plan:
         """Return the plan of a call that `dense_reason` let through."""
-        if not self.recipe.content_driven:
-            return self._geometric(call.layout, call.q.device)
-        return self._by_content(call)
+        if call.step.run != self._run:
+            self._forget_run()
+            self._run = call.step.run
+        recipe = self._recipe_at(call.site, call.step)
+        return self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
 
-    def _geometric(self, layout: TokenLayout, device: torch.device) -> Plan:
-        key = (layout, device)
+    def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
+        share = step.index / step.total if step.index is not None and step.total else 0.0
+        return self.recipe.at(site.index, site.count, share)
+
+    # -- by place alone ---------------------------------------------------------------------------------------------
+    def _geometric(self, recipe: Recipe, call: AttentionCall) -> Plan:
+        key = (recipe, call.layout, call.q.device)
         if key not in self._fixed:
             while len(self._fixed) >= LAYOUT_LIMIT:
                 del self._fixed[next(iter(self._fixed))]  # the oldest
-            tiling = tiling_for(self.recipe, layout)
-            nothing = torch.empty(0, device=device)
-            plan = from_units(decide(self.recipe, tiling, nothing, nothing, 1.0), tiling)
-            self._fixed[key] = replace(plan, note=floor_note(self.recipe, layout))
-        return self._fixed[key]
+            self._fixed[key] = _fixed(recipe, call)
+        fixed = self._fixed[key]
+        return self._corrected(recipe, call, fixed.plan, fixed.cut, fixed.mask)
 
-    def _by_content(self, call: AttentionCall) -> Plan:
-        if call.step.run != self._run:
-            self._kept.clear()
-            self._run = call.step.run
-        key = (call.site.name, call.step.branch)
+    # -- by content -------------------------------------------------------------------------------------------------
+    def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
+        key = (_decider(recipe, call.site), call.step.branch)
         kept = self._kept.get(key)
-        if kept is not None and self._still_good(kept, call):
-            return kept.plan.expand()
-        tiling = tiling_for(self.recipe, call.layout)
-        mask = decide(self.recipe, tiling, call.q, call.k, call.scale)
-        note = floor_note(self.recipe, call.layout)
-        if self.recipe.every > 1 and call.step.index is not None:
-            self._keep(key, call, PackedPlan.pack(mask, tiling, note))
-        return replace(from_units(mask, tiling), note=note)
+        if kept is not None and not self._fits(kept, call):
+            kept = None
+        if kept is not None and kept.probe is not None:
+            kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
+        if kept is not None and kept.plan is not None and self._still_good(recipe, kept, call):
+            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut, kept.plan.mask())
+        inputs = _inputs(call, kept.warm if kept else None)
+        decision = decide(recipe, inputs)
+        note = floor_note(recipe, call.layout, call.q.shape[2])
+        if recipe.stateful and call.step.index is not None:
+            self._keep(recipe, key, call, decision, note)
+        plan = replace(from_units(decision.mask, decision.cut, decision.skip_heads), note=note)
+        return self._corrected(recipe, call, plan, decision.cut, decision.mask)
 
-    def _still_good(self, kept: _Kept, call: AttentionCall) -> bool:
-        age = (call.step.index if call.step.index is not None else kept.step) - kept.step
+    # -- corrections ------------------------------------------------------------------------------------------------
+    def _corrected(self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: torch.Tensor) -> Plan:
+        if not isinstance(recipe.correct, ResidualCorrect):
+            return corrected(plan, recipe.correct, cut, mask, _inputs(call))
+        key, now = (call.site.name, call.step.branch), call.step.index or 0
+        kept = self._missing.get(key)
+        if (
+            kept is None
+            or not self._fits(kept, call)
+            or kept.missing is None
+            or now - kept.step >= recipe.correct.every
+        ):
+            self._make_room(recipe, call, kept)
+            missing = Missing(now)
+            shape = tuple(call.q.shape)
+            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing)
+            return residual(plan, recipe.correct, cut, missing, measure=True)
+        return residual(plan, recipe.correct, cut, kept.missing, measure=False)
+
+    # -- what is kept -----------------------------------------------------------------------------------------------
+    def _fits(self, kept: _Kept, call: AttentionCall) -> bool:
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
-        return same and 0 <= age < self.recipe.every
+        return same and (call.step.index is None or call.step.index >= kept.step)
 
-    def _keep(self, key: tuple[str, str], call: AttentionCall, packed: PackedPlan) -> None:
-        expected = state_bytes(self.recipe, call.layout, call.q.shape[0], call.q.shape[2])
-        if self.nbytes + expected > STATE_LIMIT:
-            raise PlanError(
-                f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB of plans between steps; "
-                "use every=1, larger tiles or a smaller size."
-            )
+    def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
+        now = call.step.index if call.step.index is not None else kept.step
+        if recipe.drift is not None:
+            return True
+        if recipe.decide_at:
+            total = call.step.total or 0
+            return not any(kept.step < round(share * total) <= now for share in recipe.decide_at)
+        return now - kept.step < recipe.every
+
+    def _keep(self, recipe: Recipe, key: tuple[str, str], call: AttentionCall, decision: Decision, note: str) -> None:
+        self._make_room(recipe, call, self._kept.get(key))
         assert call.step.index is not None
-        self._kept[key] = _Kept(call.step.index, call.layout, tuple(call.q.shape), call.q.device, packed)
+        packed = None
+        if recipe.reuses:
+            packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
+        probe = None if recipe.drift is None else Probe(look(call.layout, call.q, call.k))
+        self._kept[key] = _Kept(
+            call.step.index, call.layout, tuple(call.q.shape), call.q.device, packed, decision.warm, probe=probe
+        )
+
+    def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:
+        """Raise PlanError when what a call is about to keep, in place of what it kept before, goes over the limit."""
+        b, _, h, d = call.q.shape
+        expected = state_bytes(recipe, call.layout, b, h, d, call.q.element_size())
+        if self.nbytes - (before.nbytes if before else 0) + expected > STATE_LIMIT:
+            raise PlanError(
+                f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB between steps; "
+                "use every=1, larger tiles, another correction or a smaller size."
+            )
+
+
+def _followed(recipe: Recipe, kept: _Kept, probe: Probe, call: AttentionCall) -> _Kept:
+    """Decide again for the samples that had moved too far at the call before, and measure all of them anew."""
+    assert recipe.drift is not None
+    assert kept.plan is not None
+    now, stale = look(call.layout, call.q, call.k), probe.stale()
+    if stale:
+        at = torch.tensor(stale, device=call.q.device)
+        bias = call.key_bias if call.key_bias is None or call.key_bias.shape[0] == 1 else call.key_bias[at]
+        inputs = Inputs(call.layout, call.q[at], call.k[at], call.v[at], call.scale, bias)
+        decision = decide(recipe, inputs)
+        fresh = PackedPlan.pack(decision.mask, decision.cut)
+        bits = kept.plan.bits.index_copy(0, at, fresh.bits)
+        probe = Probe(probe.seen.index_copy(0, at, now[at]))
+        kept = replace(kept, plan=replace(kept.plan, bits=bits), probe=probe)
+    probe.measure(now, recipe.drift)
+    return kept
+
+
+def _decider(recipe: Recipe, site: Site) -> str:
+    """Name the site whose decision this one takes over: the last of `decide_layers` up to it, or itself."""
+    before = [layer for layer in recipe.decide_layers if layer <= site.index]
+    return f"{site.model}layer {max(before)}" if before else site.name
+
+
+def _inputs(call: AttentionCall, warm: Centroids | None = None) -> Inputs:
+    return Inputs(call.layout, call.q, call.k, call.v, call.scale, call.key_bias, warm)
+
+
+def _fixed(recipe: Recipe, call: AttentionCall) -> _Fixed:
+    """Make a plan from the layout alone."""
+    tiling, device = tiling_for(recipe, call.layout), call.q.device
+    cut, select, note = tiling.on(device).cut, recipe.select, floor_note(recipe, call.layout, call.q.shape[2])
+    if isinstance(select, DiskSelect) or (isinstance(select, NeighborhoodSelect) and select.per == "token"):
+        share = None if select.asked is None else grid_share(call.layout, select.asked)
+        plan, mask = exact_plan(tiling, select, share, device), torch.empty(0, device=device)
+    else:
+        mask = decide(recipe, _inputs(call)).mask
+        plan = from_units(mask, cut)
+    return _Fixed(replace(plan, note=note or _shape_note(recipe, plan)), cut, mask)
+
+
+def _shape_note(recipe: Recipe, plan: Plan) -> str:
+    """Say in plain words when a rule of places has no size near the asked density on this grid; once a layout."""
+    got = float(plan.density())
+    if recipe.density is None or abs(got / recipe.density - 1) <= 0.2:
+        return ""
+    return f"asked density {recipe.density:g}: the nearest size that {recipe.name!r} has on this grid takes {got:.2f}"

@@ -1,4 +1,4 @@
-"""The recipe table: each paper's method as a choice on the axes, with its own defaults."""
+"""From a name, file, mapping or Recipe to a validated Recipe."""
 
 from __future__ import annotations
 
@@ -6,61 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import (
-    GeometryScore,
-    PercentileSelect,
-    PooledScore,
-    Recipe,
-    TileOrder,
-    TopKSelect,
-    WithinSelect,
-    build,
-    read_file,
-)
+from ..config import Recipe, build, read_file
 from ..errors import ConfigError, nearest
+from .table import PRESETS, RECIPES
 
-GRAT = "GRAT: Grouping First, Attending Smartly, Ren et al. 2025, arXiv 2505.14687"
-DRAFT = "DraftAttention, Shen et al. 2025, arXiv 2505.14708"
-GRAT_TILES = TileOrder(picture=(1, 16, 16), video=(4, 8, 8))
-DRAFT_TILES = TileOrder(picture=(1, 8, 16), video=(1, 8, 16))
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            name="grat-b",
-            order=GRAT_TILES,
-            score=GeometryScore(shape="window"),
-            select=WithinSelect(radius=1),
-            sources=(GRAT,),
-        ),
-        Recipe(
-            name="grat-x",
-            order=GRAT_TILES,
-            score=GeometryScore(shape="cross"),
-            select=WithinSelect(radius=0),
-            sources=(GRAT,),
-        ),
-        Recipe(
-            name="draft",
-            order=DRAFT_TILES,
-            score=PooledScore(),
-            select=PercentileSelect(density=0.25),
-            sources=(DRAFT,),
-        ),
-    )
-}
-
-_PRESET = {"order": DRAFT_TILES, "score": PooledScore(), "adaptive": True, "sources": (DRAFT,)}
-PRESETS: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(name="quality", select=TopKSelect(density=0.5), dense_steps=0.25, **_PRESET),
-        Recipe(name="balanced", select=TopKSelect(density=0.3), dense_steps=0.2, **_PRESET),
-        Recipe(name="fast", select=TopKSelect(density=0.2), dense_steps=0.15, every=2, **_PRESET),
-    )
-}
-ALIASES = {"grat": "grat-x"}
+ALIASES = {"grat": "grat-x", "svg": "svg2", "vdit": "sparse-vdit"}
 
 
 def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Recipe:

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config import HilbertOrder, RasterOrder, TileOrder
+from ..config import AxesOrder, GilbertOrder, HilbertOrder, StaticOrder, TileOrder
 from ..layout import Grid, TokenLayout
 from . import orders
+from .cut import Cut, Side
 
 BLOCKS = (128, 64, 32, 16)
 
@@ -34,6 +35,7 @@ class Tiling:
     position: npt.NDArray[np.float64]
     first_frame: npt.NDArray[np.bool_]
     sink_rank: npt.NDArray[np.int64]
+    side: orders.Shape | None = None  # of a tile, None where units are no tiles
 
     @property
     def units(self) -> int:
@@ -44,12 +46,6 @@ class Tiling:
         """Whether slots are the tokens as they lie, so that no order has to be applied."""
         real = self.slots[: self.layout.length]
         return bool((real == np.arange(len(real))).all() and (self.slots[len(real) :] == -1).all())
-
-    @cached_property
-    def whole(self) -> bool:
-        """Whether every key block that holds a token holds no hole."""
-        tokens = self.tokens_per_block(self.block_k)
-        return bool(((tokens == 0) | (tokens == self.block_k)).all())
 
     def tokens_per_block(self, block: int) -> npt.NDArray[np.int64]:
         """Real tokens in each kernel block of `block` slots."""
@@ -69,8 +65,7 @@ class DeviceTiling:
     grid: torch.Tensor  # bool [units]
     grid_units: torch.Tensor  # int64, the units on a grid
     position: torch.Tensor  # float32 [units, 3]
-    tokens_q: torch.Tensor  # int64 [query blocks], real tokens in each
-    tokens_k: torch.Tensor  # int64 [key blocks]
+    cut: Cut
 
 
 @lru_cache(maxsize=64)
@@ -81,8 +76,30 @@ def _upload(tiling: Tiling, device: torch.device) -> DeviceTiling:
         grid=torch.from_numpy(tiling.grid).to(device),
         grid_units=torch.from_numpy(tiling.grid.nonzero()[0]).to(device),
         position=torch.from_numpy(tiling.position).to(device, torch.float32),
-        tokens_q=torch.from_numpy(tiling.tokens_per_block(tiling.block_q)).to(device),
-        tokens_k=torch.from_numpy(tiling.tokens_per_block(tiling.block_k)).to(device),
+        cut=Cut(tiling.layout.length, _side(tiling, tiling.block_q, device), _side(tiling, tiling.block_k, device)),
+    )
+
+
+def _side(tiling: Tiling, block: int, device: torch.device) -> Side:
+    """Return the queries' or keys' side of a static cut; nothing of it belongs to a batch row or head."""
+    tokens = torch.from_numpy(tiling.tokens_per_block(block)).to(device)
+    owner = torch.arange(tiling.units, device=device).repeat_interleave(tiling.unit // block)
+    slots = torch.from_numpy(tiling.slots).to(device)
+    if tiling.identity:  # without an order the kernel counts blocks from the lengths, so drop what is beyond them
+        blocks = -(-tiling.layout.length // block)
+        tokens, owner, slots = tokens[:blocks], owner[:blocks], slots[: blocks * block]
+    whole = bool(((tokens == 0) | (tokens == block)).all())
+    grid = torch.from_numpy(tiling.grid.nonzero()[0]).to(device)
+    return Side(
+        block=block,
+        units=tiling.units,
+        slots=slots[None, None],
+        owner=owner[None, None],
+        tokens=tokens[None, None],
+        grid=grid,
+        identity=tiling.identity,
+        whole=whole,
+        per=tiling.unit // block,
     )
 
 
@@ -96,8 +113,13 @@ class _Unit:
 
 
 @lru_cache(maxsize=64)
-def tiling(layout: TokenLayout, order: RasterOrder | TileOrder | HilbertOrder, block_q: int, block_k: int) -> Tiling:
-    """Cut `layout` by `order` into units for kernel tiles of at most `block_q` x `block_k` tokens."""
+def tiling(
+    layout: TokenLayout, order: StaticOrder, block_q: int, block_k: int, dilation: orders.Shape = (1, 1, 1)
+) -> Tiling:
+    """Cut `layout` by `order` into units for kernel tiles of at most `block_q` x `block_k` tokens.
+
+    With a `dilation` tiles hold the tokens of one residue on every axis.
+    """
     side = _tile(layout.main, order) if isinstance(order, TileOrder) else None
     longest = int(np.prod(side)) if side else max(block_q, block_k)
     block_q, block_k = _fit_block(longest, block_q), _fit_block(longest, block_k)
@@ -105,7 +127,8 @@ def tiling(layout: TokenLayout, order: RasterOrder | TileOrder | HilbertOrder, b
     units: list[_Unit] = []
     for start, segment in layout.spans():
         if isinstance(segment, Grid):
-            units += _grid_units(start, segment, layout.main, order, side, unit)
+            pieces = _pieces(segment.shape, order, side, unit, dilation)
+            units += _grid_units(start, segment, layout.main, pieces, side, unit)
         else:
             run = np.arange(start, start + segment.length, dtype=np.int64)
             units += [_Unit(piece, (0.0, 0.0, 0.0), grid=False) for piece in orders.runs(run, unit)]
@@ -123,6 +146,7 @@ def tiling(layout: TokenLayout, order: RasterOrder | TileOrder | HilbertOrder, b
         position=np.array([u.position for u in units], dtype=np.float64),
         first_frame=np.array([u.first_frame for u in units]),
         sink_rank=np.array([u.sink_rank for u in units]),
+        side=side,
     )
 
 
@@ -136,18 +160,21 @@ def _fit_block(tokens: int, largest: int) -> int:
     return min(sizes, key=lambda size: -(-tokens // size) * size * (1 + 16 / size))
 
 
-def _grid_units(
-    start: int,
-    grid: Grid,
-    main: Grid,
-    order: RasterOrder | TileOrder | HilbertOrder,
-    side: orders.Shape | None,
-    unit: int,
-) -> list[_Unit]:
+def _pieces(
+    grid: orders.Shape, order: StaticOrder, side: orders.Shape | None, unit: int, dilation: orders.Shape
+) -> list[orders.Array]:
     if side is not None:
-        pieces = orders.tile(grid.shape, side)
-    else:
-        pieces = orders.ORDERS[order.kind](grid.shape, unit)
+        return orders.tile(grid, side, dilation)
+    if isinstance(order, AxesOrder):
+        return orders.by_axes(grid, unit, order.axes, order.whole)
+    if isinstance(order, HilbertOrder):
+        return orders.hilbert(grid, unit)
+    return orders.gilbert(grid, unit) if isinstance(order, GilbertOrder) else orders.raster(grid, unit)
+
+
+def _grid_units(
+    start: int, grid: Grid, main: Grid, pieces: list[orders.Array], side: orders.Shape | None, unit: int
+) -> list[_Unit]:
     edge = unit ** (1 / max(sum(extent > 1 for extent in grid.shape), 1))  # side of a unit that is no tile
     scale = np.array(main.shape) / np.array(grid.shape)  # a reference lies over the picture it conditions
     units = []

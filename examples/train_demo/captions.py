@@ -13,7 +13,7 @@ LENGTH = 32  # longest caption trained on, in tokens
 CLIP_LENGTH = 77
 T5_LENGTH = 512
 VARIANTS = 24  # captions drawn up for one picture
-STYLE_ONLY = 2  # the place of the caption that names the style alone
+STYLE_ONLY, CONCEPT_ONLY, FREE = 2, 3, 4  # places of captions that name one thing alone, and of the first free form
 MAIN_SHARE, EMPTY_SHARE, STYLE_SHARE, CONCEPT_SHARE = 0.45, 0.08, 0.08, 0.04
 TEMPLATES = (
     "a {label}, {style} style",

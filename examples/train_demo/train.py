@@ -11,7 +11,7 @@ pipeline (`--resume`), so that a run may be cut over several machines. It also r
 import argparse
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from export import GUIDANCE, load_pipeline_weights, save_weights
 from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
 from optimizer import Optimizer
 from parallel import Group, join, leave
+from teacher import Teacher
 from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
@@ -49,6 +50,7 @@ class Kind:
 class Stage:
     kinds: tuple[Kind, ...]
     quantise: bool = False
+    guided: bool = False
 
 
 BOTH_SIZES = (Kind(256, 1, 32, (512,), share=0.6), Kind(128, 1, 192, (32, 512), share=0.4))
@@ -58,6 +60,7 @@ STAGES = {
     "128": Stage((Kind(128, 2, 192, (32, 512)), Kind(128, 1, 192, (32, 512)))),
     "256": Stage(BOTH_SIZES),
     "final": Stage(BOTH_SIZES, quantise=True),
+    "guided": Stage(BOTH_SIZES, quantise=True, guided=True),
 }
 
 
@@ -148,8 +151,10 @@ def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(tokens, (0, length - tokens.shape[-1]))
 
 
-def loss_of(model: Model, data: Data, kind: Kind, length: int, ids: torch.Tensor) -> torch.Tensor:
-    """Rectified-flow loss of one batch."""
+def loss_of(
+    model: Model, teacher: Teacher | None, data: Data, kind: Kind, length: int, ids: torch.Tensor
+) -> torch.Tensor:
+    """Rectified-flow loss of one batch, toward the teacher's guided prediction where there is one."""
     clean = data.latents[kind.pixels]
     device, batch = clean.device, kind.batch
     pairs = draw_pictures(data, batch)
@@ -158,9 +163,15 @@ def loss_of(model: Model, data: Data, kind: Kind, length: int, ids: torch.Tensor
     x0 = clean[pairs].float()
     noise = torch.randn_like(x0)
     noisy = torch.lerp(x0, noise, times[:, None, None]).to(clean.dtype)
-    text = model.read(data.clip_tokens[pairs, captions], pad(data.t5_tokens[pairs, captions], length))
-    velocity = model(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
-    return F.mse_loss(velocity.float(), noise - x0)
+
+    def predict(network: Model, variants: torch.Tensor) -> torch.Tensor:
+        text = network.read(data.clip_tokens[pairs, variants], pad(data.t5_tokens[pairs, variants], length))
+        return network(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
+
+    target = noise - x0
+    if teacher is not None:
+        target = teacher.guided(target, captions, pairs < data.named, predict)
+    return F.mse_loss(predict(model, captions).float(), target)
 
 
 @dataclass
@@ -182,6 +193,7 @@ def run_stage(
     ids = {k: image_ids(k.pixels, k.stride, group.device) for k in stage.kinds}
     order = random.Random(name)  # the same on every process, so that all draw the same kind
     start, elapsed, since, pictures, losses = time.time(), 0.0, time.time(), 0, []
+    teacher = Teacher(model, optimizer.averaged()) if stage.guided else None
     optimizer.refresh(stage.quantise)
     for step in range(10**9):
         if step % 10 == 0:
@@ -189,7 +201,7 @@ def run_stage(
             if elapsed >= seconds:
                 break
         kind = order.choices(stage.kinds, [k.share for k in stage.kinds])[0]
-        loss = loss_of(model, data, kind, order.choice(kind.lengths), ids[kind])
+        loss = loss_of(model, teacher, data, kind, order.choice(kind.lengths), ids[kind])
         loss.backward()
         optimizer.step(group, clock.rate(elapsed, optimizer.steps), stage.quantise)
         pictures += kind.batch * group.world
@@ -267,8 +279,8 @@ def set_up(args: argparse.Namespace, group: Group) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.batch:
         for name, stage in STAGES.items():
-            kinds = tuple(Kind(k.pixels, k.stride, args.batch, k.lengths, k.share) for k in stage.kinds)
-            STAGES[name] = Stage(kinds, stage.quantise)
+            kinds = tuple(replace(k, batch=args.batch) for k in stage.kinds)
+            STAGES[name] = replace(stage, kinds=kinds)
 
 
 def main() -> None:

@@ -1,0 +1,44 @@
+"""Heads that choose among several patterns, each by what it would lose."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import Config, Count, Density
+from .order import Order, RasterOrder
+from .score import GeometryScore, Score
+from .select import Select
+
+
+class Option(Config, frozen=True):
+    """One pattern a head may take: an order, a score and a selection of its own."""
+
+    order: Order = RasterOrder()
+    score: Score = GeometryScore()
+    select: Select
+
+
+class HeadChoice(Config, frozen=True):
+    """Each head takes the option that loses least on `rows` sampled exact queries, spread over the grid.
+
+    `loss`: "output" is the mean squared error of the output, over the mean square of the exact one; "mass" the
+    attention left out. `price`: added per computed share of pairs. `limit`: a head whose every option loses more
+    is computed in full. `budget`: the price is instead the one at which the heads of a sample together compute that
+    share of their pairs. `given`: the option of each head, by number, instead of any measuring.
+    """
+
+    options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=16, strict=False)]
+    rows: Count = 64
+    loss: Literal["output", "mass"] = "output"
+    price: Annotated[float, Field(ge=0, strict=False)] = 0.0
+    limit: Annotated[float, Field(gt=0, strict=False)] | None = None
+    budget: Density | None = None
+    given: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> HeadChoice:
+        if self.given and max(self.given) >= len(self.options):
+            raise ValueError(f"given names option {max(self.given)}, but there are {len(self.options)}, from 0 on")
+        return self

@@ -1,0 +1,225 @@
+"""A recipe: one choice per axis, when it applies, and where other choices take its place."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from ..errors import ConfigError, nearest
+from .base import Block, Config, Count, Share
+from .check import build
+from .correct import Correct
+from .heads import HeadChoice
+from .order import ImportanceOrder, KMeansOrder, Order, RasterOrder
+from .score import GeometryScore, Score
+from .select import Keeps, Select, TopKSelect
+
+AXES = ("order", "score", "select", "keeps", "correct")
+EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
+
+
+class Case(Config, frozen=True):
+    """Other choices for some layers and steps: what is None stays as the recipe has it.
+
+    `layers`: attention sites as a Python slice, "0:4", "-2:" or "1::3" (every third from the second on).
+    `steps`: first and last share of the run, [0.2, 0.6) for instance.
+    """
+
+    layers: Annotated[str, Field(pattern=r"^-?\d*:-?\d*(:[1-9]\d*)?$")] | None = None
+    steps: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
+    order: Order | None = None
+    score: Score | None = None
+    select: Select | None = None
+    keeps: Keeps | None = None
+    correct: Correct | None = None
+    heads: HeadChoice | None = None
+
+    def holds(self, site: int, sites: int, share: float) -> bool:
+        """Say whether the case speaks for a site and a share of the run."""
+        if self.steps is not None and not self.steps[0] <= share < self.steps[1]:
+            return False
+        if self.layers is None:
+            return True
+        start, stop, step = (int(part) if part else None for part in (self.layers + "::").split(":")[:3])
+        return site in range(sites)[start:stop:step]
+
+    @property
+    def changes(self) -> dict[str, Config]:
+        """The axes this case replaces."""
+        return {axis: value for axis in (*AXES, "heads") if (value := getattr(self, axis)) is not None}
+
+
+class Recipe(Config, frozen=True):
+    """One sparse-attention method: a choice on each axis, and when it applies.
+
+    `heads`: patterns among which each head chooses; it then replaces order, score and select. `every`: sparse steps
+    between two decisions; `decide_at`: shares of the run at which decisions are made instead; `drift`: a sample decides
+    again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
+    the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
+    first steps left dense. `dense_layers`: first layers left dense. `block_q`, `block_k`: largest kernel tile.
+    `cases`: other choices for some layers and steps, later ones win. `adaptive`: go dense where the measured table
+    says that sparse would be slower (presets). `sources`: the papers.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    order: Order = RasterOrder()
+    score: Score = GeometryScore()
+    select: Select = TopKSelect()
+    keeps: Keeps = Keeps()
+    correct: Correct | None = None
+    heads: HeadChoice | None = None
+    cases: Annotated[tuple[Case, ...], Field(strict=False)] = ()
+    every: Count = 1
+    decide_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()
+    drift: Annotated[float, Field(gt=0, le=10, strict=False)] | None = None
+    decide_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    dense_steps: Share = 0.2
+    dense_layers: Annotated[int, Field(ge=0)] = 0
+    block_q: Block = 128
+    block_k: Block = 64
+    adaptive: bool = False
+    sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> Recipe:
+        for case in self.cases:
+            for option in case.heads.options if case.heads else ():
+                _check_axes(option.order, option.score, option.select, case.keeps or self.keeps, option=True)
+            _check_axes(
+                case.order or self.order, case.score or self.score, case.select or self.select, case.keeps or self.keeps
+            )
+        if self.heads is None:
+            _check_axes(self.order, self.score, self.select, self.keeps)
+        else:
+            for option in self.heads.options:
+                _check_axes(option.order, option.score, option.select, self.keeps, option=True)
+        if self.drift is not None and (self.heads is not None or self.order.kind in ("importance", "kmeans")):
+            raise ValueError("drift decides again for single samples, so all heads must lie in one order of places")
+        if self.drift is not None and (self.decide_at or self.decide_layers):
+            raise ValueError("drift, decide_at and decide_layers each say when to decide: name one")
+        if self.correct is not None and self.correct.kind == "pooled-mass" and self.score.kind != "pooled":
+            raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
+        if self.heads is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
+            raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
+        return self
+
+    @property
+    def density(self) -> float | None:
+        """The asked density, None where the rule itself decides."""
+        if self.heads is None:
+            return self.select.asked
+        if self.heads.budget is not None:
+            return self.heads.budget
+        asked = {option.select.asked for option in self.heads.options} - {None}
+        return asked.pop() if len(asked) == 1 else None
+
+    @property
+    def content_driven(self) -> bool:
+        """Whether the decision depends on the queries and keys."""
+        chosen = isinstance(self.order, ImportanceOrder | KMeansOrder)
+        return self.heads is not None or chosen or not (self.select.geometric or self.score.kind == "geometry")
+
+    @property
+    def reuses(self) -> bool:
+        """Whether decisions are kept for later calls."""
+        later = self.every > 1 or bool(self.decide_at) or bool(self.decide_layers) or self.drift is not None
+        return self.content_driven and later
+
+    @property
+    def stateful(self) -> bool:
+        """Whether anything is kept between calls."""
+        residual = self.correct is not None and self.correct.kind == "residual"
+        return self.reuses or self.order.kind == "kmeans" or residual
+
+    def at(self, site: int, sites: int, share: float) -> Recipe:
+        """Return the recipe as its cases make it at one site of `sites` and one share of the run."""
+        return _at(self, site, sites, share) if self.cases else self
+
+    def override(self, **changes: Any) -> Recipe:
+        """Return a copy with settings replaced, by field name or by the name of a field of the chosen axes.
+
+        `density` also turns a rule of fixed size or mass into the same rule for as many pairs as the density allows.
+        Raises ConfigError on unknown names and impossible values.
+        """
+        data = self.model_dump()
+        for key, value in changes.items():
+            if key in data and key not in (*AXES, "heads"):
+                data[key] = value
+            elif key in (*AXES, "heads"):
+                data[key] = value if not isinstance(value, Config) else value.model_dump()
+            elif key == "density":
+                data = self._with_density(data, value)
+            else:
+                owner = next((axis for axis in AXES if key != "kind" and key in (data[axis] or {})), None)
+                if owner is None:
+                    raise ConfigError(f"recipe {self.name!r}: unknown setting {key!r}.{nearest(key, self._settings())}")
+                data[owner] = {**data[owner], key: value}
+        return build(Recipe, data, f"recipe {self.name!r}")
+
+    def _with_density(self, data: dict[str, Any], density: Any) -> dict[str, Any]:
+        """Ask the selection, and those of all options and cases, for a density."""
+        out = {**data, "select": self.select.with_density(density)}
+        if self.heads is not None and self.heads.budget is not None:
+            out["heads"] = {**data["heads"], "budget": density}
+        elif self.heads is not None and any(o.select.asked for o in self.heads.options):
+            # options of fixed size, such as everything and nothing, would miss the density
+            options = [o for o in self.heads.options if o.select.asked]
+            asked = tuple({**o.model_dump(), "select": o.select.with_density(density)} for o in options)
+            out["heads"] = {**data["heads"], "options": asked, "limit": None}
+        out["cases"] = tuple(
+            c.model_dump() if c.select is None else {**c.model_dump(), "select": c.select.with_density(density)}
+            for c in self.cases
+        )
+        return out
+
+    def _settings(self) -> list[str]:
+        data = self.model_dump()
+        inner = [key for axis in AXES for key in (data[axis] or {}) if key != "kind"]
+        return sorted({*data, *inner, "density"})
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{axis}={value!r}" for axis in AXES if (value := getattr(self, axis)) is not None)
+        when = f"every={self.every}, dense_steps={self.dense_steps:g}, dense_layers={self.dense_layers}"
+        return f"{self.name}: {axes}, {when}"
+
+
+@lru_cache(maxsize=4096)
+def _at(recipe: Recipe, site: int, sites: int, share: float) -> Recipe:
+    changes: dict[str, Any] = {}
+    for case in recipe.cases:
+        if case.holds(site, sites, share):
+            changes |= case.changes
+    return recipe.override(**changes, cases=()) if changes else recipe.override(cases=())
+
+
+def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option: bool = False) -> None:
+    if select.kind == "within" and score.kind != "geometry":
+        raise ValueError("select 'within' measures distance, so it needs score 'geometry'")
+    if select.kind in ("top-p", "cumulative", "error") and score.kind == "geometry":
+        raise ValueError(f"select {select.kind!r} adds up shares of a score, so it needs score 'pooled'")
+    content = order.kind in ("importance", "kmeans")
+    if select.kind == "lines" and (order.kind != "tile" or score.kind != "sampled"):
+        raise ValueError("select 'lines' follows displacements of tiles, so it needs order 'tile' and score 'sampled'")
+    if score.kind == "sampled" and order.kind == "kmeans":
+        raise ValueError("score 'sampled' ranks keys alone, so the order cannot be 'kmeans'")
+    if content and (select.geometric or score.kind == "geometry"):
+        raise ValueError(f"order {order.kind!r} follows the content, so select and score must too")
+    if order.kind == "kmeans" and score.kind not in ("pooled",):
+        raise ValueError("order 'kmeans' gives clusters of any size, so it needs score 'pooled'")
+    if option and order.kind in ("tile", "importance", "kmeans"):
+        raise ValueError(f"an option of heads lies in runs, so its order cannot be {order.kind!r}")
+    if content and keeps.by_place:
+        raise ValueError(f"order {order.kind!r} moves keys between units, so keeps has only 'own'")
+    exact = select.kind in EXACT and getattr(select, "per", "token") == "token"
+    if (select.kind == "neighborhood" or exact) and order.kind != "tile":
+        raise ValueError(f"select {select.kind!r} needs order 'tile'")
+    if exact and option:
+        raise ValueError(f"select {select.kind!r} is exact to the token and cannot be an option of heads")
+    if exact and (keeps.own or keeps.by_place):
+        raise ValueError(f"select {select.kind!r} is exact to the token, so keeps must all be off")
+    if select.kind == "radial" and not (order.kind == "axes" and order.axes == "fhw" and order.whole):
+        raise ValueError("select 'radial' works frame by frame, so it needs order {kind: axes, whole: true}")
+    if select.kind == "none" and not option:
+        raise ValueError("select 'none' is an option of heads only")

@@ -1,0 +1,74 @@
+"""Axis 2, score: what a (query unit, key unit) pair is worth."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Config, Count
+
+
+class GeometryScore(Config, frozen=True):
+    """Nearness on the grid alone: `window` (all axes near) or `cross` (any axis near)."""
+
+    kind: Literal["geometry"] = "geometry"
+    shape: Literal["window", "cross"] = "window"
+
+
+class PooledScore(Config, frozen=True):
+    """Softmax of the product of mean queries and mean keys.
+
+    `weigh`: a key unit counts by its tokens. `smooth`: the mean key is taken off all keys first (it changes no
+    softmax). `trust`: units whose tokens are less alike than this mean cosine are computed in full, None trusts all.
+    `softmax`: off gives the bare products without scale.
+    """
+
+    kind: Literal["pooled"] = "pooled"
+    weigh: bool = False
+    smooth: bool = False
+    trust: Annotated[float, Field(ge=-1, le=1, strict=False)] | None = None
+    softmax: bool = True
+
+
+class SubtileScore(Config, frozen=True):
+    """Softmax of the products of means over `tokens` neighbours, summed to units."""
+
+    kind: Literal["subtiles"] = "subtiles"
+    tokens: Literal[4, 8, 16, 32] = 16
+
+
+class AntidiagonalScore(Config, frozen=True):
+    """Softmax of sums along the antidiagonals of `stride` x `stride` squares, summed to units."""
+
+    kind: Literal["antidiagonal"] = "antidiagonal"
+    stride: Literal[4, 8, 16, 32] = 16
+
+
+class MassScore(Config, frozen=True):
+    """The exact share of each query unit's attention that a key unit gets: full attention, so decide rarely."""
+
+    kind: Literal["mass"] = "mass"
+
+
+class SampledScore(Config, frozen=True):
+    """The attention that `rows` sampled queries give a key unit: the same for all query units."""
+
+    kind: Literal["sampled"] = "sampled"
+    rows: Count = 64
+
+
+class ChannelScore(Config, frozen=True):
+    """The largest product of a unit pair over the `share` of channels that weigh most, as a softmax over key units.
+
+    Every query meets every key, on few channels: decide rarely.
+    """
+
+    kind: Literal["channels"] = "channels"
+    share: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.25
+
+
+Score = Annotated[
+    GeometryScore | PooledScore | SubtileScore | AntidiagonalScore | MassScore | SampledScore | ChannelScore,
+    Field(discriminator="kind"),
+]

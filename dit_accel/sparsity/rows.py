@@ -1,0 +1,56 @@
+"""Sampled exact rows: the attention of a few queries, spread over the grid, to all keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ..layout import Grid, TokenLayout
+
+BYTES = 256 << 20  # of logits held at once
+
+
+@lru_cache(maxsize=64)
+def sample(layout: TokenLayout, count: int, device: torch.device) -> torch.Tensor:
+    """Return about `count` tokens spread evenly over the main grid, int64 [rows]; always the same ones.
+
+    One per cell of a coarse grid, jittered by a fixed low-discrepancy sequence so that no row or column is favoured.
+    Papers on language models take the last queries instead, which in a picture are one corner.
+    """
+    start, grid = next((s, g) for s, g in layout.spans() if isinstance(g, Grid) and g == layout.main)
+    count = min(count, grid.length)
+    # Roberts' R3 sequence: its points fill the unit cube evenly at any count
+    golden = 1.2207440846057596
+    points = (0.5 + np.arange(1, count + 1)[:, None] * golden ** -np.arange(1, 4)) % 1
+    cells = (points * np.array(grid.shape)).astype(np.int64)
+    tokens = start + np.ravel_multi_index((cells[:, 0], cells[:, 1], cells[:, 2]), grid.shape)
+    return torch.from_numpy(np.unique(tokens)).to(device)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield runs of `rows` and their exact attention over all keys, float32 [B, H, run, keys].
+
+    `q`, `k` [B, S, H, D]; `bias` [B|1, H|1, keys]. Memory stays below `BYTES` a run.
+    """
+    b, s, h, _ = k.shape
+    keys = k.permute(0, 2, 3, 1).float()
+    for run in rows.split(max(1, BYTES // (4 * b * h * s))):
+        logits = q[:, run].transpose(1, 2).float() @ keys * scale
+        if bias is not None:
+            logits = logits + bias[:, :, None]
+        yield run, logits.softmax(-1)
+
+
+def key_mass(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return each key's mean attention from the sampled rows, float32 [B, H, keys]."""
+    total = torch.zeros(k.shape[0], k.shape[2], k.shape[1], device=k.device)
+    for _, weights in attention(q, k, rows, scale, bias):
+        total += weights.sum(2)
+    return total / len(rows)

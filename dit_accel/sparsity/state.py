@@ -1,0 +1,67 @@
+"""What a recipe keeps between steps, in bytes, said before anything is allocated."""
+
+from __future__ import annotations
+
+from ..config import ImportanceOrder, KMeansOrder, Recipe, ResidualCorrect
+from ..layout import Grid, TokenLayout
+from .content import clusters
+from .decide import option, tiling_for
+from .drift import PROBES
+
+
+def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim: int, itemsize: int = 4) -> int:
+    """Return the most bytes that a recipe keeps per attention site and guidance branch between steps.
+
+    A bit for each unit pair of each sample and head, and where heads lie apart their slots; for k-means the
+    centroids, float32, of `dim` channels; for residuals an output of `itemsize` and a float32 for each query.
+    """
+    total = _of_decisions(recipe, layout, batch, heads, dim)
+    if isinstance(recipe.correct, ResidualCorrect):
+        total += batch * heads * layout.length * (dim * itemsize + 4)
+    if recipe.drift is not None:
+        total += batch * 2 * heads * dim * itemsize * min(PROBES, layout.main.length)
+    return total
+
+
+def _of_decisions(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim: int) -> int:
+    if not recipe.reuses and not isinstance(recipe.order, KMeansOrder):
+        return 0
+    if recipe.heads is not None:
+        sizes = [tiling_for(option(recipe, i), layout) for i in range(len(recipe.heads.options))]
+        units = max(tiling.units for tiling in sizes)
+        slots = units * sizes[0].unit
+        lying = _lying(slots, slots // sizes[0].block_q) + _lying(slots, slots // sizes[0].block_k)
+        return batch * heads * (units * -(-units // 8) + lying) + batch * heads
+    tiling = tiling_for(recipe, layout)
+    if isinstance(recipe.order, KMeansOrder):
+        return batch * heads * _of_clusters(recipe, recipe.order, layout, dim)
+    bits = tiling.units * -(-tiling.units // 8)
+    if not isinstance(recipe.order, ImportanceOrder):
+        return batch * heads * bits
+    # sorted runs may end ragged at each segment, so each unit may need a block of its own beside the tokens
+    blocks, units = _blocks(layout, tiling.units, tiling.block_k)
+    return batch * heads * (tiling.units * -(-units // 8) + _lying(blocks * tiling.block_k, blocks))
+
+
+def _of_clusters(recipe: Recipe, order: KMeansOrder, layout: TokenLayout, dim: int) -> int:
+    tiling = tiling_for(recipe, layout)
+    queries, keys = clusters(layout, order)
+    total = (queries + keys) * dim * 4
+    if not recipe.reuses:
+        return total
+    blocks_q, units_q = _blocks(layout, queries, tiling.block_q)
+    blocks_k, units_k = _blocks(layout, keys, tiling.block_k)
+    total += units_q * -(-units_k // 8)
+    return total + _lying(blocks_q * tiling.block_q, blocks_q) + _lying(blocks_k * tiling.block_k, blocks_k)
+
+
+def _blocks(layout: TokenLayout, units: int, block: int) -> tuple[int, int]:
+    """Return how many blocks and units a side cut by content has at most."""
+    cells = layout.length - layout.text
+    words = sum(-(-s.length // block) for _, s in layout.spans() if not isinstance(s, Grid))
+    return (cells + units * (block - 1)) // block + words, units + words
+
+
+def _lying(slots: int, blocks: int) -> int:
+    """Return the bytes of one head's slots, owners and token counts."""
+    return 4 * slots + 16 * blocks

@@ -1,0 +1,5 @@
+"""Batched k-means: see `kmeans`."""
+
+from .api import kmeans
+
+__all__ = ["kmeans"]

@@ -1,0 +1,108 @@
+"""Words in which the papers' rules are restated, token by token: where a token lies, which tokens share a block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+import dit_accel
+from dit_accel.config import Recipe
+from dit_accel.layout import Grid, TokenLayout
+from dit_accel.sparsity.plan import Plan
+
+Group = list[int]
+
+
+def made(
+    recipe: Recipe, layout: TokenLayout, seed: int = 0, heads: int = 2, structured: bool = False
+) -> tuple[torch.Tensor, Plan, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a recipe on random tensors of batch 2; structured ones vary slowly over the grid, as real ones do."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, layout.length, heads, 16, generator=g) for _ in range(3))
+    if structured:
+        waves = torch.randn(3, 2, heads, 16, 3, generator=g)
+        place = torch.tensor([cell(layout, t) or (0, 0, 0) for t in range(layout.length)]).float()
+        slow = torch.einsum("sc,xbhdc->xbshd", place / 4, waves).sin()
+        q, k, v = (1.5 * slow[i] + 0.4 * x for i, x in enumerate((q, k, v)))
+    out, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, return_plan=True)
+    return out, plan.check(), q, k, v
+
+
+def cell(layout: TokenLayout, token: int) -> tuple[int, int, int] | None:
+    """Return the grid coordinates of a token, None for text."""
+    for start, segment in layout.spans():
+        if isinstance(segment, Grid) and start <= token < start + segment.length:
+            f, rest = divmod(token - start, segment.height * segment.width)
+            return (f, *divmod(rest, segment.width))
+    return None
+
+
+def on_grid(layout: TokenLayout) -> list[int]:
+    """List the tokens of the grid."""
+    return [t for t in range(layout.length) if cell(layout, t) is not None]
+
+
+def cut(tokens: Iterable[int], length: int) -> list[Group]:
+    """Cut a sequence into runs."""
+    line = list(tokens)
+    return [line[i : i + length] for i in range(0, len(line), length)]
+
+
+def boxes(layout: TokenLayout, tile: tuple[int, int, int]) -> list[Group]:
+    """Group the grid's tokens into tiles, in raster order."""
+    groups: dict[tuple[int, ...], Group] = {}
+    for token in on_grid(layout):
+        at = cell(layout, token)
+        assert at is not None
+        groups.setdefault(tuple(at[i] // tile[i] for i in range(3)), []).append(token)
+    return [groups[key] for key in sorted(groups)]
+
+
+def expect(mask: torch.Tensor, layout: TokenLayout, rule: Callable[[int, int], bool]) -> None:
+    """Check one head's mask [tokens, tokens]: `rule` for pairs of the grid, everything for pairs with text."""
+    grid = set(on_grid(layout))
+    for i in range(layout.length):
+        for j in range(layout.length):
+            expected = rule(i, j) if i in grid and j in grid else True
+            assert bool(mask[i, j]) == expected, (i, j, cell(layout, i), cell(layout, j))
+
+
+def expect_groups(mask: torch.Tensor, rows: list[Group], cols: list[Group], chosen: set[tuple[int, int]]) -> None:
+    """Check that one head's mask holds exactly the chosen pairs of groups, each of them whole."""
+    for r, queries in enumerate(rows):
+        for c, keys in enumerate(cols):
+            got = mask[torch.tensor(queries)[:, None], torch.tensor(keys)[None]]
+            assert bool(got.all()) == bool(got.any()) == ((r, c) in chosen), (r, c)
+
+
+def means(x: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+    """Average [tokens, D] over each group."""
+    return torch.stack([x[group].mean(0) for group in groups])
+
+
+def top_p(row: torch.Tensor, p: float, least: int = 0) -> set[int]:
+    """Take the best entries until their share reaches p, the crossing one included, and at least so many."""
+    share, taken, mass = row / row.sum(), set[int](), 0.0
+    for rank, c in enumerate(sorted(range(len(row)), key=lambda c: -float(row[c]))):
+        if mass >= p and rank >= least:
+            break
+        taken.add(c)
+        mass += float(share[c])
+    return taken
+
+
+def fill(order: Iterable[int], costs: list[int], budget: float) -> set[int]:
+    """Take entries in order while at least half of each still fits."""
+    taken, spent = set[int](), 0
+    for i in order:
+        spent += costs[i]
+        if spent - costs[i] / 2 <= budget:
+            taken.add(i)
+    return taken
+
+
+def weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Exact attention of [tokens, D] queries to [tokens, D] keys."""
+    return (q.double() @ k.double().T / math.sqrt(q.shape[-1])).softmax(-1)

@@ -1,0 +1,155 @@
+"""Every recipe in pipelines: density, state, samples and branches, on sizes that divide by nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import dit_accel
+from dit_accel.config import Recipe
+from dit_accel.sparsity.recipes import resolve
+
+NAMES = [name for name, recipe in dit_accel.recipes().items() if not recipe.adaptive]
+
+
+def small(name: str, **changes: Any) -> Recipe:
+    """Return a recipe that has something to decide on some dozens of tokens and that decides from the first step."""
+    recipe = resolve(name, density=0.3, block_q=16, block_k=16, dense_steps=0, dense_layers=0)
+    if recipe.order.kind == "tile":
+        recipe = recipe.override(picture=(1, 4, 4), video=(1, 2, 3), cases=())
+    if recipe.order.kind == "kmeans":
+        recipe = recipe.override(queries=5, keys=14, first=3)
+    return recipe.override(**changes)
+
+
+def batched(call: dict[str, Any], n: int) -> dict[str, Any]:
+    return {**call, **{key: [call[key]] * n for key in ("prompt", "negative_prompt") if key in call}}
+
+
+def guided(name: str, call: dict[str, Any], on: bool) -> dict[str, Any]:
+    if name == "flux":
+        return {**call, "negative_prompt": "a dog", "true_cfg_scale": 3.0 if on else 1.0}
+    return {**call, "guidance_scale": 3.0 if on else 1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_as_in_a_batch_and_twice_the_same(name: str) -> None:
+    """Batch 2 with guidance: each item equals itself alone, and a second run in one process the first."""
+    pipe, call = tiny.flux()
+    call = guided("flux", {**call, "height": 34, "width": 26}, True)
+    noise = torch.randn(2, 17 * 13, 4, generator=torch.Generator().manual_seed(3))
+    with dit_accel.accelerate(pipe, small(name)) as handle:
+        together = tiny.generate(pipe, batched(call, 2), latents=noise.clone())
+        alone = tiny.generate(pipe, call, latents=noise[1:].clone())
+        again = tiny.generate(pipe, batched(call, 2), latents=noise.clone())
+        report = handle.report()
+    assert torch.isfinite(together).all()
+    assert torch.equal(together, again)
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+    assert report.sparse_calls > 0
+    assert {row.reason for row in report.rows} <= {"", "a full step measures what is missing"}
+    assert abs(report.density / 0.3 - 1) <= 0.2 or report.notes, report
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_video_without_guidance(name: str) -> None:
+    pipe, call = tiny.wan()
+    call = guided("wan", call, False)
+    stock = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, small(name)) as handle:
+        sparse = tiny.generate(pipe, call)
+    report = handle.report()
+    assert torch.isfinite(sparse).all()
+    assert not torch.equal(stock, sparse)
+    assert abs(report.density / 0.3 - 1) <= 0.2 or report.notes, report
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guidance", [True, False])
+def test_every_family(name: str, family: str, guidance: bool) -> None:
+    pipe, call = tiny.FAMILIES[family]()
+    call = call if family in ("qwen_image", "kontext") else guided(family, call, guidance)
+    with dit_accel.accelerate(pipe, small(name)) as handle:
+        assert torch.isfinite(tiny.generate(pipe, call)).all()
+    report = handle.report()
+    assert report.sparse_calls > 0
+    assert abs(report.density / 0.3 - 1) <= 0.2 or report.notes, report
+
+
+STATEFUL = [name for name in NAMES if small(name).stateful]
+
+
+def test_some_recipes_keep_state() -> None:
+    assert {"svg2", "dfs", "adaspa", "sparse-vdit", "tidal"} <= set(STATEFUL)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_second_video_equals_a_fresh_process(name: str) -> None:
+    """After a shorter run, another size and a cancelled run in the same process."""
+    recipe = small(name, **({"every": 2} if small(name).every == 1 and not small(name).decide_at else {}))
+
+    class Stop(Exception):
+        pass
+
+    def cancel(*_: Any) -> dict[str, Any]:
+        raise Stop
+
+    pipe, call = tiny.flux()
+    with dit_accel.accelerate(pipe, recipe):
+        expected = tiny.generate(pipe, call, steps=4, seed=7)
+    pipe, call = tiny.flux()
+    with dit_accel.accelerate(pipe, recipe):
+        tiny.generate(pipe, call, steps=2, seed=1)
+        tiny.generate(pipe, call, steps=3, seed=2, height=20, width=44)
+        with pytest.raises(Stop):
+            tiny.generate(pipe, call, steps=4, seed=3, callback_on_step_end=cancel)
+        assert torch.equal(tiny.generate(pipe, call, steps=4, seed=7), expected)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_guidance_branches_share_nothing(name: str) -> None:
+    """With the negative prompt changed, what the positive branch keeps must stay as it was."""
+    recipe = small(name, **({"every": 4} if small(name).every == 1 and not small(name).decide_at else {}))
+    kept = []
+    for negative in ("a dog", "the red taco"):
+        pipe, call = tiny.flux()
+        call = {**call, "negative_prompt": negative, "true_cfg_scale": 3.0}
+        with dit_accel.accelerate(pipe, recipe) as handle:
+            tiny.generate(pipe, call, steps=1)
+            planner = handle._engine.planner
+            kept.append({**planner._kept, **planner._missing})
+    assert {branch for _, branch in kept[0]} == {"cond", "uncond"}
+    differs = False
+    for key, old in kept[0].items():
+        new = kept[1][key]
+        pairs = [(old.warm.k, new.warm.k)] if old.warm else []
+        pairs += [(old.plan.bits, new.plan.bits)] if old.plan else []
+        pairs += [(old.missing.rest, new.missing.rest)] if old.missing else []
+        same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+        assert pairs
+        if key[1] == "cond":
+            assert same
+        differs |= not same
+    assert differs or recipe.heads is not None  # few patterns: heads of both branches may choose alike
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_is_kept_is_what_was_declared(name: str) -> None:
+    from dit_accel.layout import TokenLayout
+    from dit_accel.sparsity.state import state_bytes
+
+    recipe = small(name, **({"every": 2} if small(name).every == 1 and not small(name).decide_at else {}))
+    layout = TokenLayout(grid=(1, 17, 19), text=7)
+    q, k, v = (torch.randn(2, layout.length, 3, 16) for _ in range(3))
+    state = dit_accel.AttentionState()
+    dit_accel.attention(q, k, v, layout=layout, recipe=recipe, state=state)
+    planner = state._planner
+    assert planner is not None
+    declared = state_bytes(recipe, layout, batch=2, heads=3, dim=16)
+    kept = sum(part.nbytes for part in (*planner._kept.values(), *planner._missing.values()))
+    assert 0 < kept <= declared <= 1.1 * kept

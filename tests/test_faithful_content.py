@@ -1,0 +1,374 @@
+"""Recipes that choose by content, against slow restatements of their papers' rules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from restate import boxes, cell, cut, expect_groups, fill, made, means, on_grid, top_p, weights
+
+import dit_accel
+from dit_accel.layout import TokenLayout
+from dit_accel.sparsity import curves, rows
+from dit_accel.sparsity.decide import grid_share
+from dit_accel.sparsity.recipes import resolve
+
+SMALL = {"block_q": 16, "block_k": 16}
+LAYOUTS = [
+    TokenLayout(grid=(1, 13, 11), text=5),
+    TokenLayout(grid=(5, 6, 7), text=3, text_first=False),
+    TokenLayout(grid=(2, 8, 8)),
+]
+SAMPLES = [(b, h) for b in range(2) for h in range(2)]
+
+
+def along(layout: TokenLayout, curve: str) -> list[int]:
+    """List the grid's tokens along a curve."""
+    path = {"raster": lambda g: range(math.prod(g)), "hilbert": curves.hilbert, "gilbert": curves.gilbert}[curve]
+    first = on_grid(layout)[0]
+    return [first + int(t) for t in path(layout.main.shape)]
+
+
+def stable(row: torch.Tensor) -> list[int]:
+    return sorted(range(len(row)), key=lambda c: -float(row[c]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("p", "stride"), [(0.5, 4), (0.9, 8)])
+def test_xattention(layout: TokenLayout, p: float, stride: int) -> None:
+    """Sums along antidiagonals of small squares; softmax; summed to blocks; top-p of each row."""
+    recipe = resolve("xattention", p=p, stride=stride, **SMALL)
+    _, plan, q, k, _ = made(recipe, layout, structured=True)
+    groups = cut(along(layout, "raster"), 16)
+    runs = [run for group in groups for run in cut(group, stride)]
+    owner = [g for g, group in enumerate(groups) for _ in cut(group, stride)]
+    for b, h in SAMPLES:
+
+        def whole(x: torch.Tensor, run: list[int]) -> torch.Tensor:
+            own = x[run]
+            return torch.cat([own, own.mean(0).expand(stride - len(run), -1)])
+
+        logits = torch.empty(len(runs), len(runs))
+        for i, queries in enumerate(runs):
+            for j, keys in enumerate(runs):
+                square = whole(q[b, :, h], queries) @ whole(k[b, :, h], keys).T
+                total = sum(square[stride - 1 - s, s] for s in range(stride))
+                logits[i, j] = total / (math.sqrt(16) * stride) + math.log(len(keys))
+        share = logits.softmax(-1)
+        score = torch.zeros(len(groups), len(groups))
+        for i in range(len(runs)):
+            for j in range(len(runs)):
+                score[owner[i], owner[j]] += share[i, j] * len(runs[i])
+        chosen = {(r, c) for r in range(len(groups)) for c in top_p(score[r], p) | {r}}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("trust", [-0.1, 0.5, 0.7])
+def test_sparge(layout: TokenLayout, trust: float) -> None:
+    """Keys less their mean; units whose tokens point apart are computed in full; top-k of the others."""
+    _, plan, q, k, _ = made(resolve("sparge", density=0.4, trust=trust, **SMALL), layout, structured=True)
+    groups = cut(along(layout, "hilbert"), 16)
+    sizes = [len(g) for g in groups]
+    budget = grid_share(layout, 0.4) * sum(sizes)
+    seen = set()
+    for b, h in SAMPLES:
+        keys = k[b, :, h] - k[b, on_grid(layout), h].mean(0)
+
+        def alike(x: torch.Tensor, group: list[int]) -> float:
+            unit = x[group] / x[group].norm(dim=-1, keepdim=True)
+            return float((unit @ unit.T).mean())
+
+        apart_q = {g for g, group in enumerate(groups) if alike(q[b, :, h], group) < trust}
+        apart_k = {g for g, group in enumerate(groups) if alike(keys, group) < trust}
+        seen |= {len(apart_k)}
+        logits = means(q[b, :, h], groups) @ means(keys, groups).T / 4
+        logits[:, sorted(apart_k)] = -math.inf
+        score = logits.softmax(-1)
+        chosen = set()
+        for r in range(len(groups)):
+            order = sorted(range(len(groups)), key=lambda c: (c not in apart_k and c != r, -float(score[r, c])))
+            taken = fill(order, sizes, budget) | apart_k | {r}
+            chosen |= {(r, c) for c in (range(len(groups)) if r in apart_q else taken)}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+    assert (seen != {0}) == (trust > 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("segment", [0, 48, 60])
+def test_pbs(layout: TokenLayout, segment: int) -> None:
+    """Keys sorted by the attention of sampled queries inside segments of a curve; pooled; top-p."""
+    _, plan, q, k, _ = made(resolve("pbs", p=0.6, segment=segment, rows=20, **SMALL), layout, structured=True)
+    line = along(layout, "gilbert")
+    queries = cut(line, 16)
+    sampled = rows.sample(layout, 20, torch.device("cpu")).tolist()
+    for b, h in SAMPLES:
+        mass = weights(q[b, sampled, h], k[b, :, h]).mean(0)
+        keys = []
+        for part in cut(line, segment or len(line)):
+            keys += cut(sorted(part, key=lambda t: -float(mass[t])), 16)
+        score = (means(q[b, :, h], queries) @ means(k[b, :, h], keys).T / 4).softmax(-1)
+        chosen = {(r, c) for r in range(len(queries)) for c in top_p(score[r], 0.6)}
+        expect_groups(plan.to_mask()[b, h], queries, keys, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("p", "least"), [(0.3, 0.25), (0.6, 0.5)])
+def test_jenga(layout: TokenLayout, p: float, least: float) -> None:
+    """Top-p of the pooled softmax, at least a share of the blocks, and the blocks that touch one's own."""
+    _, plan, q, k, _ = made(resolve("jenga", p=p, least=least, **SMALL), layout, structured=True)
+    groups = cut(along(layout, "gilbert"), 16)
+    count = int(least * len(groups))
+
+    def touch(a: list[int], b: list[int]) -> bool:
+        places = [(cell(layout, i), cell(layout, j)) for i in a for j in b]
+        return any(p and q and max(abs(x - y) for x, y in zip(p, q, strict=True)) <= 1 for p, q in places)
+
+    near = {(r, c) for r in range(len(groups)) for c in range(len(groups)) if touch(groups[r], groups[c])}
+    for b, h in SAMPLES:
+        score = (means(q[b, :, h], groups) @ means(k[b, :, h], groups).T / 4).softmax(-1)
+        chosen = {(r, c) for r in range(len(groups)) for c in top_p(score[r], p, count)} | near
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_dfs(layout: TokenLayout) -> None:
+    """Means of few tokens along a Hilbert curve; softmax; summed to blocks; top-k of each row."""
+    _, plan, q, k, _ = made(resolve("dfs", density=0.4, tokens=4, every=1, **SMALL), layout, structured=True)
+    groups = cut(along(layout, "hilbert"), 16)
+    pieces = [piece for group in groups for piece in cut(group, 4)]
+    owner = [g for g, group in enumerate(groups) for _ in cut(group, 4)]
+    sizes = [len(g) for g in groups]
+    for b, h in SAMPLES:
+        logits = means(q[b, :, h], pieces) @ means(k[b, :, h], pieces).T / 4
+        share = (logits + torch.tensor([len(p) for p in pieces]).log()).softmax(-1)
+        score = torch.zeros(len(groups), len(groups))
+        for i in range(len(pieces)):
+            for j in range(len(pieces)):
+                score[owner[i], owner[j]] += share[i, j] * len(pieces[i])
+        chosen = set()
+        for r in range(len(groups)):
+            order = [r, *(c for c in stable(score[r]) if c != r)]
+            chosen |= {(r, c) for c in fill(order, sizes, grid_share(layout, 0.4) * sum(sizes))} | {(r, r)}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_adaspa(layout: TokenLayout) -> None:
+    """Exact block sums of attention; top-k of each row; heads that keep over 0.8 get half, the worst as much more."""
+    recipe = resolve("adaspa", density=0.4, **SMALL)
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, layout.length, 4, 16, generator=g) for _ in range(3))
+    sharp = torch.eye(16)[torch.arange(layout.length) // 16 % 16] + 0.1 * q[0, :, 1]
+    q[0, :, 0], k[0, :, 0] = 9 * sharp, 9 * sharp  # two heads that look at few blocks only
+    q[0, :, 2], k[0, :, 2] = 7 * sharp, 7 * sharp
+    _, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, return_plan=True)
+    groups = cut(along(layout, "raster"), 16)
+    sizes = [len(x) for x in groups]
+    share = grid_share(layout, 0.4)
+    score = torch.zeros(4, len(groups), len(groups), dtype=torch.float64)
+    for h in range(4):
+        exact = weights(q[0, :, h], k[0, :, h])
+        for r, queries in enumerate(groups):
+            for c, keys in enumerate(groups):
+                score[h, r, c] = exact[torch.tensor(queries)[:, None], torch.tensor(keys)[None]].sum(-1).mean()
+
+    def select(h: int, portion: float) -> set[tuple[int, int]]:
+        chosen = set()
+        for r in range(len(groups)):
+            order = [r, *(c for c in stable(score[h, r]) if c != r)]
+            chosen |= {(r, c) for c in fill(order, sizes, portion * sum(sizes))} | {(r, r)}
+        return chosen
+
+    recall = [sum(float(score[h, r, c]) for r, c in select(h, share)) / float(score[h].sum()) for h in range(4)]
+    ranked = sorted(range(4), key=lambda h: -recall[h])
+    moved = min(sum(x > 0.8 for x in recall), 2)
+    assert moved > 0
+    change = min(share / 2, 1 - share)
+    for place, h in enumerate(ranked):
+        portion = share - change if place < moved else share + change if place >= 4 - moved else share
+        expect_groups(plan.to_mask()[0, h], groups, groups, select(h, portion))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
+@pytest.mark.parametrize("p", [0.25, 0.6])
+def test_vmoba(layout: TokenLayout, p: float) -> None:
+    """Bare products with mean keys, moved to 0..1 in each row; the head's best pairs until p of all is reached."""
+    tile = (1, 4, 4) if layout.main.frames == 1 else (2, 4, 4)
+    recipe = resolve("vmoba", p=p, picture=(1, 4, 4), video=(2, 4, 4), cases=(), **SMALL)
+    _, plan, q, k, _ = made(recipe, layout)
+    groups = boxes(layout, tile)
+    for b, h in SAMPLES:
+        score = means(q[b, :, h], groups) @ means(k[b, :, h], groups).T
+        score = (score - score.amin(-1, keepdim=True)) / (score.amax(-1, keepdim=True) - score.amin(-1, keepdim=True))
+        n = len(groups)
+        chosen = {divmod(i, n) for i in top_p(score.flatten(), p)}
+        chosen |= {(r, r) for r in range(n)} | {(r, stable(score[r])[0]) for r in range(n)}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+def test_vmoba_turns_from_layer_to_layer() -> None:
+    recipe = resolve("vmoba")
+    kinds = [recipe.at(site, 7, 0.5).order.brief for site in range(7)]
+    assert kinds[0] == kinds[3] == kinds[6] == "axes fhw whole"
+    assert kinds[1] == kinds[4] != kinds[2] == kinds[5]
+
+
+def clusters(x: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
+    """Cluster [tokens, D] slowly from evenly spaced tokens; return the labels."""
+    n = len(x)
+    centroids = [x[(i * n + n // 2) // count] for i in range(count)]
+    labels: list[int] = []
+    for _ in range(iterations):
+        labels = [min(range(count), key=lambda c: float((token - centroids[c]).square().sum())) for token in x]
+        for c in range(count):
+            members = [i for i, label in enumerate(labels) if label == c]
+            centroids[c] = x[members].mean(0) if members else centroids[c]
+    return torch.tensor(labels)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("p", "least"), [(0.5, 0.1), (0.8, 0.5)])
+def test_svg2(layout: TokenLayout, p: float, least: float) -> None:
+    """Clusters of queries and of keys; a softmax of centroids that counts keys; top-p of each query cluster."""
+    recipe = resolve("svg2", p=p, least=least, queries=4, keys=7, first=3, **SMALL)
+    _, plan, q, k, _ = made(recipe, layout, structured=True)
+    grid = torch.tensor(on_grid(layout))
+    sides = (min(4, max(len(grid) // 32, 1)), min(7, max(len(grid) // 16, 1)))
+    for b, h in SAMPLES:
+        groups = []
+        for x, count in zip((q, k), sides, strict=True):
+            labels = clusters(x[b, grid, h], count, 3)
+            groups.append([grid[labels == c].tolist() for c in range(count)])
+        queries, keys = groups
+        logits = means(q[b, :, h], queries) @ means(k[b, :, h], keys).T / 4
+        score = (logits + torch.tensor([float(len(group)) for group in keys]).log()).softmax(-1)
+        floor = int(least * len(keys))
+        chosen = {(r, c) for r in range(len(queries)) for c in top_p(score[r], p, floor)}
+        expect_groups(plan.to_mask()[b, h], queries, keys, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", ["xattention", "pbs", "jenga", "svg2"])
+def test_top_p_with_a_density_takes_what_its_own_p_would(layout: TokenLayout, name: str) -> None:
+    """Asked for a density, each head takes what top-p takes at some p of its own (where the budget ends fairly)."""
+    recipe = resolve(name, density=0.5, **SMALL)
+    _, plan, *_ = made(recipe, layout, structured=True)
+    assert float(plan.density()) == pytest.approx(0.5, rel=0.2) or "the least here" in plan.note
+
+
+def test_sampled_rows_cover_the_grid() -> None:
+    layout = TokenLayout(grid=(4, 16, 24), text=9)
+    tokens = rows.sample(layout, 64, torch.device("cpu")).tolist()
+    assert len(tokens) == len(set(tokens)) > 56
+    places = [cell(layout, t) for t in tokens]
+    for axis, parts, size in ((0, 4, 1), (1, 4, 4), (2, 4, 6)):
+        counts = [sum(p is not None and p[axis] // size == part for p in places) for part in range(parts)]
+        assert min(counts) > len(tokens) / parts / 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_zipvl(layout: TokenLayout) -> None:
+    """Keys sorted by the sampled rows' attention; the fewest units that hold p of it serve all rows."""
+    _, plan, q, k, _ = made(resolve("zipvl", p=0.7, **SMALL), layout, structured=True)
+    sampled = rows.sample(layout, 64, torch.device("cpu")).tolist()
+    for b, h in SAMPLES:
+        mass = weights(q[b, sampled, h], k[b, :, h]).mean(0)
+        keys = cut(sorted(along(layout, "gilbert"), key=lambda t: -float(mass[t])), 16)
+        taken = top_p(torch.stack([mass[unit].sum() for unit in keys]), 0.7)
+        assert taken == set(range(len(taken)))  # sorted: the first ones
+        queries = cut(along(layout, "gilbert"), 16)
+        expect_groups(plan.to_mask()[b, h], queries, keys, {(r, c) for r in range(len(queries)) for c in taken})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_double_sparsity(layout: TokenLayout, share: float) -> None:
+    """Products on the channels of largest mean |q||k|; a unit pair is worth its largest; top-k of each row."""
+    _, plan, q, k, _ = made(resolve("double-sparsity", density=0.4, share=share, **SMALL), layout, structured=True)
+    groups = cut(along(layout, "gilbert"), 16)
+    sizes = [len(g) for g in groups]
+    count = round(share * 16)
+    for b, h in SAMPLES:
+        weight = (q[b, :, h].abs() * k[b, :, h].abs()).mean(0)
+        kept = sorted(range(16), key=lambda c: -float(weight[c]))[:count]
+        products = q[b, :, h][:, kept] @ k[b, :, h][:, kept].T / math.sqrt(count)
+        chosen = set()
+        for r, queries in enumerate(groups):
+            worth = torch.stack([products[torch.tensor(queries)[:, None], torch.tensor(g)].max() for g in groups])
+            order = [r, *(c for c in stable(worth) if c != r)]
+            chosen |= {(r, c) for c in fill(order, sizes, grid_share(layout, 0.4) * sum(sizes))} | {(r, r)}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_paro(layout: TokenLayout) -> None:
+    """Each head takes the one of six axis orders whose best blocks, by exact sums, hold most of the attention."""
+    _, plan, q, k, _ = made(resolve("paro", density=0.4, **SMALL), layout, structured=True)
+    grid = torch.tensor(on_grid(layout)).view(layout.main.shape)
+    share, sampled = grid_share(layout, 0.4), rows.sample(layout, 64, torch.device("cpu"))
+    taken = set()
+    for b, h in SAMPLES:
+        exact = weights(q[b, :, h], k[b, :, h])
+        best = (-1.0, 0, torch.empty(0))
+        for order, axes in enumerate(["fhw", "fwh", "hfw", "hwf", "wfh", "whf"]):
+            groups = cut(grid.permute(*["fhw".index(a) for a in axes]).flatten().tolist(), 16)
+            sizes = [len(g) for g in groups]
+            pairs = [(r, c) for r in range(len(groups)) for c in range(len(groups))]
+            at = {(r, c): (torch.tensor(groups[r])[:, None], torch.tensor(groups[c])) for r, c in pairs}
+            score = {pair: float(exact[at[pair]].sum(-1).mean()) for pair in pairs}
+            ranked = sorted(range(len(pairs)), key=lambda i: -score[pairs[i]])
+            kept = fill(ranked, [sizes[r] * sizes[c] for r, c in pairs], share * sum(sizes) ** 2)
+            chosen = {pairs[i] for i in kept}
+            for r in range(len(groups)):  # no row stays empty
+                if not any(p[0] == r for p in chosen):
+                    chosen.add(max((p for p in pairs if p[0] == r), key=lambda p: score[p]))
+            mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
+            mask[grid.flatten()[:, None], grid.flatten()] = False
+            for pair in chosen:
+                mask[at[pair]] = True
+            held = float((exact * mask)[sampled].sum())
+            if held > best[0] + 1e-9:
+                best = (held, order, mask)
+        taken.add(best[1])
+        assert torch.equal(plan.to_mask()[b, h], best[2])
+    assert len(taken) > 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("columns", [0.0, 0.4])
+def test_minference(layout: TokenLayout, columns: float) -> None:
+    """Key tiles and displacements that sampled rows attend to most; columns first, then whole displacements."""
+    recipe = resolve("minference", density=0.4, columns=columns, picture=(1, 4, 4), video=(2, 3, 3), **SMALL)
+    _, plan, q, k, _ = made(recipe, layout, structured=True)
+    tile = (1, 4, 4) if layout.main.frames == 1 else (2, 3, 3)
+    groups = boxes(layout, tile)
+    corner = [cell(layout, group[0]) for group in groups]
+    at = [tuple(c[i] // tile[i] for i in range(3)) for c in corner if c is not None]
+    sizes, n = [len(group) for group in groups], len(groups)
+    share = grid_share(layout, 0.4)
+    apart = {(r, c): tuple(b - a for a, b in zip(at[r], at[c], strict=True)) for r in range(n) for c in range(n)}
+    pairs: dict[tuple[int, ...], int] = {}
+    for (r, c), move in apart.items():
+        pairs[move] = pairs.get(move, 0) + sizes[r] * sizes[c]
+    moves = sorted(pairs)
+    for b, h in SAMPLES:
+        column, total, times = torch.zeros(n), dict.fromkeys(moves, 0.0), dict.fromkeys(moves, 0)
+        sampled = rows.sample(layout, 64, torch.device("cpu")).tolist()
+        for token in sampled:
+            exact = weights(q[b, token, h][None], k[b, :, h])[0]
+            r = next(i for i, group in enumerate(groups) if token in group)
+            for c, group in enumerate(groups):
+                held = float(exact[group].sum())
+                column[c] += held / len(sampled)
+                total[apart[r, c]] += held
+                times[apart[r, c]] += 1
+        down = fill(stable(column), sizes, share * columns * sum(sizes)) | {stable(column)[0]}
+        mean = {move: total[move] / max(times[move], 1) for move in moves}
+        ranked = sorted(range(len(moves)), key=lambda i: -mean[moves[i]])
+        left = share - sum(sizes[c] for c in down) / sum(sizes)
+        kept = fill(ranked, [pairs[move] for move in moves], left * sum(sizes) ** 2) | {ranked[0]}
+        along = {moves[i] for i in kept}
+        chosen = {(r, c) for r in range(n) for c in range(n) if c in down or apart[r, c] in along or r == c}
+        expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
