@@ -134,11 +134,6 @@ def refuse_if_live(transformers: Mapping[str, torch.nn.Module], replace: bool) -
 
 def _known_family(transformer: torch.nn.Module) -> Family:
     family = family_of(transformer)
-    if hasattr(transformer, "_orig_mod"):
-        raise UnsupportedError(
-            "the transformer is wrapped by torch.compile, which this version does not support; accelerate the original "
-            "(`pipe.transformer = pipe.transformer._orig_mod`)."
-        )
     if family is None:
         known = sorted(name for f in all_families() for name in f.classes)
         raise UnsupportedError(

@@ -52,10 +52,10 @@ def accelerate(
 
 def _transformers(target: Any) -> dict[str, torch.nn.Module]:
     if isinstance(target, torch.nn.Module):
-        return {"transformer": target}
+        return {"transformer": _uncompiled(target)}
     names = ("transformer", "transformer_2")
     found = {name: getattr(target, name, None) for name in names}
-    modules = {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
+    modules = {name: _uncompiled(module) for name, module in found.items() if isinstance(module, torch.nn.Module)}
     if not modules:
         parts = getattr(target, "components", None)
         held = f" (its parts: {', '.join(sorted(parts))})" if isinstance(parts, Mapping) else ""
@@ -64,6 +64,11 @@ def _transformers(target: Any) -> dict[str, torch.nn.Module]:
             "`transformer`, or a transformer."
         )
     return modules
+
+
+def _uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside what `torch.compile(model)` makes, which calls it with its hooks and processors."""
+    return getattr(module, "_orig_mod", module)
 
 
 @lru_cache(maxsize=1)

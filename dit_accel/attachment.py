@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +18,7 @@ from .hosts.family import bind
 from .hosts.generic import attention as intercepted_attention
 from .layout import TokenLayout
 from .origin import Origin
+from .seat import Seat, gradients, stand_in
 from .step import StepInfo, StepTracker
 
 _PARALLEL = "context parallelism is on"
@@ -45,6 +44,7 @@ class Attachment:
         self._watched = _NO_STEP
         self._undo: list[Callable[[], None]] = []
         self._placed: dict[str, Any] = {}
+        self._seats: list[Seat] = []
         self.sites = _named(prefix, family.find_sites(transformer))
         self._cross_sites = _named(prefix, family.find_cross_sites(transformer))
         self.blocked = {site.name: reason for site in self.sites if (reason := _cannot_stand_in(site))}
@@ -52,6 +52,8 @@ class Attachment:
     # -- attach and undo ------------------------------------------------------------------------------------------
     def attach(self) -> None:
         """Put the stand-ins and hooks in place; all of them sit on instances."""
+        from .hooks import Hook  # here, so that importing dit_accel stays light
+
         own = self.family.attention
         for site in self.sites:
             if site.name not in self.blocked:
@@ -60,27 +62,26 @@ class Attachment:
         for site in self._cross_sites:
             assert self.family.cross is not None
             self._replace_processor(site, self.family.cross.attention)
-        before = self.transformer.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
-        after = self.transformer.register_forward_hook(_Hook(self._leave), always_call=True)
+        enter: Any = Hook(self._enter)
+        leave: Any = Hook(self._leave)
+        before = self.transformer.register_forward_pre_hook(enter, with_kwargs=True)
+        after = self.transformer.register_forward_hook(leave, always_call=True)
         self._undo += [before.remove, after.remove]
         if hasattr(self.transformer, "cache_context"):
             self._name_branches()
 
     def _replace_processor(self, site: Site, attention: Callable[..., Any]) -> None:
         original = site.module.processor
-        replacement = _stand_in(original, self, site, attention)
+        replacement = stand_in(original, self, site, attention)
         site.module.processor = replacement
         self._placed[site.name] = replacement
+        self._seats.append(replacement._dit_accel_seat)
 
         def undo() -> None:
             if site.module.processor is replacement:  # else the user has put another one there: it stays
                 site.module.processor = original
 
         self._undo.append(undo)
-
-    def placed(self, site: Site) -> bool:
-        """Say whether a stand-in sits at this site."""
-        return site.name in self._placed
 
     def _name_branches(self) -> None:
         """Learn the branch names that a pipeline gives through `cache_context`, by an instance attribute."""
@@ -103,6 +104,9 @@ class Attachment:
         """Put everything back, last change first."""
         while self._undo:
             self._undo.pop()()
+        for seat in self._seats:
+            seat.live = False
+        self._seats.clear()
         self._placed.clear()
         self._memo.clear()
 
@@ -124,6 +128,10 @@ class Attachment:
         self._watch(latents)
 
     def _leave(self, *_: Any) -> None:
+        for seat in self._seats:
+            if seat.inlined:
+                self.engine.ledger.note_dense(seat.site, self.step, seat.inlined)
+                seat.inlined = ""
         self.engine.ledger.end_forward()
         self.step, self.layout, self._layout_reason, self.prompt = _NO_STEP, None, _NO_STEP.reason, None
 
@@ -158,26 +166,7 @@ class Attachment:
             return _PARALLEL
         if length is not None and length != self.layout.length:
             return f"a sequence of {length} tokens is not the layout's {self.layout.length}"
-        if torch.is_grad_enabled() and x.requires_grad:
-            return "gradients are asked for"
-        return self.engine.planner.dense_reason(site, self.step, self.layout, x)
-
-
-class _Hook:
-    """A forward hook that a deep copy of the model does not take along: the copy is not accelerated."""
-
-    def __init__(self, call: Callable[..., None] | None) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self._call is not None:
-            self._call(*args)
-
-    def __deepcopy__(self, _: Any) -> _Hook:
-        return _Hook(None)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (None,)
+        return gradients(x) or self.engine.planner.dense_reason(site, self.step, self.layout, x)
 
 
 class _NamedContext:
@@ -207,31 +196,6 @@ def _named(prefix: str, sites: list[Site]) -> list[Site]:
         replace(site, name=prefix + site.name, group=prefix + site.group, count=len(sites), model=prefix)
         for site in sites
     ]
-
-
-def _stand_in(original: Any, attachment: Attachment, site: Site, attention: Callable[..., Any]) -> Any:
-    """Make a processor of a one-off subclass that shares the original's attributes and calls the engine.
-
-    Sharing `__dict__` keeps what the user sets meanwhile (`_attention_backend`, `_parallel_config`). The signature
-    is kept because attention modules drop keyword arguments that a processor does not name.
-    """
-    cls = type(original)
-
-    @functools.wraps(cls.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not attachment.placed(site):  # restored since, but kept by someone who had read the processors before
-            return original(*args, **kwargs)
-        return attention(original, attachment, site, *args, **kwargs)
-
-    members = {
-        "__call__": call,
-        "__module__": cls.__module__,
-        "__deepcopy__": lambda self, memo: copy.deepcopy(original, memo),
-        "__reduce_ex__": lambda self, protocol: original.__reduce_ex__(protocol),
-    }
-    stand_in = object.__new__(type(cls.__name__, (cls,), members))
-    stand_in.__dict__ = original.__dict__
-    return stand_in
 
 
 def _cannot_stand_in(site: Site) -> str:

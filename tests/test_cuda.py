@@ -91,3 +91,23 @@ def test_decisions_do_not_wait_for_the_device() -> None:
             dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("how", ["regional", "whole"])
+@pytest.mark.parametrize("name", ["flux", "wan_two_experts"])
+def test_compiled_is_eager_within_rounding(name: str, how: str, mode: str | None) -> None:
+    """Inductor around our kernel: another plan at each step, nothing compiled or captured that should be asked anew."""
+    pipe, call = tiny.FAMILIES[name]()
+    pipe.to("cuda")
+    with dit_accel.accelerate(pipe, test_hosts.SPARSE, dense_steps=0.25) as handle:
+        eager, rows = tiny.generate(pipe, call, steps=4), handle.report().rows
+        if how == "regional":
+            pipe.transformer.compile_repeated_blocks(fullgraph=True, mode=mode)
+        else:
+            pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, mode=mode)
+        for _ in range(2):
+            ours = tiny.generate(pipe, call, steps=4)
+            assert float((ours - eager).norm() / eager.norm()) < 1e-3
+            seen = [(row.steps, row.kind, row.calls, row.kernel, row.reason) for row in handle.report().rows]
+            assert seen == [(row.steps, row.kind, row.calls, row.kernel, row.reason) for row in rows]

@@ -161,8 +161,9 @@ def text_length_of_another_prompt(patch: pytest.MonkeyPatch) -> None:
 def text_turned_with_the_video(patch: pytest.MonkeyPatch) -> None:
     original = cogvideox._rotate
 
-    def shifted(x: torch.Tensor, words: int, rotary: Any) -> torch.Tensor:
-        return original(x.roll(words, 1), words, rotary).roll(-words, 1)
+    def shifted(x: torch.Tensor, rotary: Any) -> torch.Tensor:
+        words = x.shape[1] - rotary[0].shape[0]
+        return original(x.roll(words, 1), rotary).roll(-words, 1)
 
     patch.setattr(cogvideox, "_rotate", shifted)
 

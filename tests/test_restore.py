@@ -278,14 +278,15 @@ def test_wrong_objects_are_refused_with_what_they_hold() -> None:
         dit_accel.accelerate(pipe)
 
 
-def test_compiled_transformers_are_refused_with_the_way_out() -> None:
+def test_compiled_transformers_are_accelerated_within() -> None:
     pipe, _ = tiny.flux()
     original = pipe.transformer
     pipe.transformer = torch.compile(original)
-    with pytest.raises(UnsupportedError, match=r"torch\.compile.*_orig_mod"):
-        dit_accel.accelerate(pipe)
-    pipe.transformer = original
-    dit_accel.accelerate(pipe).restore()
+    handle = dit_accel.accelerate(pipe)
+    with pytest.raises(AlreadyAcceleratedError):
+        dit_accel.accelerate(original)
+    handle.restore()
+    assert "_dit_accel_seat" not in dir(original.transformer_blocks[0].attn.processor)
 
 
 def test_enabled_diffusers_cache_is_refused() -> None:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from ..call import Site
 from ..layout import Grid, TokenLayout
+from ..seat import Seat
 from .family import Family, Host
 from .geometry import Arguments, latents, patch, text
-from .own import projected, rotate_pairs, run_dense, run_sparse
+from .own import Raw, Rotary, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
 
 
 def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
@@ -24,7 +25,7 @@ def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, An
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -44,14 +45,16 @@ def attention(
     q, k, v = projected(attn, joint, fused=type(original).__name__.startswith("Fused"))
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
     q, k = (x if norm is None else norm(x) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-    out = run_sparse(host, site, (q, k, v), partial(_rotate, words=words, rotary=image_rotary_emb), _dense)
+    out = run_sparse(host, site, (q, k, v), _rotate, image_rotary_emb, _dense)
     out = attn.to_out[1](attn.to_out[0](out))
     return out[:, words:], out[:, :words]
 
 
-def _rotate(x: torch.Tensor, words: int, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate the video tokens, which come last."""
     if rotary is None:
         return x
+    words = x.shape[1] - rotary[0].shape[0]
     return torch.cat([x[:, :words], rotate_pairs(x[:, words:], rotary)], 1)
 
 
@@ -61,6 +64,16 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def _answer(
+    _: Any, host: Host, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, __: Any, raw: Raw
+) -> torch.Tensor:
+    """Carry out an attention call of compiled code; with a mask there is none, it is stock's."""
+    reason = host.dense_reason(site, q, q.shape[1])
+    if reason:
+        return run_dense(host, site, q, reason, partial(_dense, q, k, v))
+    return engage(host, site, (q, k, v), unrotated(_rotate, raw), _dense)
+
+
 COGVIDEOX = Family(
     name="cogvideox",
     classes=("CogVideoXTransformer3DModel",),
@@ -68,4 +81,5 @@ COGVIDEOX = Family(
     geometry=geometry,
     processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
     attention=attention,
+    answer=_answer,
 )

@@ -23,7 +23,9 @@ class LayoutUnknownError(Exception):
 
 
 class Host(Protocol):
-    """What a host's attention function may ask of the transformer it sits in (see `attachment.Attachment`).
+    """What a host's attention function may ask of the transformer it sits in: an `Attachment`.
+
+    In traced code it is a `Seat`, which knows nothing that may change between steps (docs/compile.md).
 
     `prompt` is what the call's text keys and values are computed from, where the family has cross-attentions.
     """
@@ -58,7 +60,8 @@ class Family:
     `classes`: transformer class names. `sites`: a pattern of module paths whose first group names the layer group.
     `geometry(transformer, arguments, memo)` reads the layout from the arguments of the transformer's forward, with
     a dict that lives as long as the attachment, and raises LayoutUnknownError. `processors`: processor classes this
-    family computes itself through `attention`; all others are intercepted.
+    family computes itself through `attention`; all others are intercepted. `answer` carries out what `attention` has
+    become in compiled code: `own.answer` with the family's rotation, or alike.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Family:
     geometry: Geometry
     processors: tuple[str, ...] = ()
     attention: Callable[..., Any] | None = None
+    answer: Callable[..., torch.Tensor] | None = None
     cross: CrossAttention | None = None
 
     def find_sites(self, transformer: torch.nn.Module) -> list[Site]:

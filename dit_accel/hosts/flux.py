@@ -12,8 +12,9 @@ import torch
 
 from ..call import Site
 from ..layout import Grid, Segment, Text, TokenLayout
+from ..seat import Seat
 from .family import Family, Host, LayoutUnknownError
-from .own import dispatch, projected, rotate_pairs, run_dense, run_sparse
+from .own import answer, dispatch, projected, rotate_pairs, run_dense, run_sparse
 
 
 def geometry(_: torch.nn.Module, arguments: Mapping[str, Any], memo: dict[str, Any]) -> TokenLayout:
@@ -50,7 +51,7 @@ def _restarts(table: np.ndarray) -> np.ndarray:
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -70,7 +71,7 @@ def attention(
     if reason:
         return run_dense(host, site, hidden_states, reason, stock)
     qkv = _joint_qkv(attn, hidden_states, encoder_hidden_states)
-    out = run_sparse(host, site, qkv, partial(rotate_pairs, rotary=image_rotary_emb), partial(dispatch, original))
+    out = run_sparse(host, site, qkv, rotate_pairs, image_rotary_emb, partial(dispatch, original))
     return out if encoder_hidden_states is None else _project_out(attn, out, text)
 
 
@@ -105,4 +106,5 @@ FLUX = Family(
     geometry=geometry,
     processors=("FluxAttnProcessor",),
     attention=attention,
+    answer=partial(answer, rotate_pairs),
 )

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .. import compiled
 from ..attend import attend
 from ..call import AttentionCall, Site
 from ..layout import Grid, TokenLayout
+from ..seat import Seat
 from .family import Host
 
+_BYPASS = "its attention backend bypasses scaled_dot_product_attention"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -28,12 +31,14 @@ class _Intercept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return self.handler({**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})})
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # the method is Python, which torch.compile cannot trace from within a mode
         return func(*args, **(kwargs or {}))
 
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -42,6 +47,8 @@ def attention(
 ) -> Any:
     """Stand in for any processor; what it returns is what the processor returns."""
     stock = partial(original, attn, hidden_states, *args, **kwargs)
+    if isinstance(host, Seat):
+        return _traced(host, site, hidden_states, stock)
     ledger, device = host.engine.ledger, hidden_states.device
     reason = host.dense_reason(site, hidden_states)
     if reason:
@@ -51,8 +58,37 @@ def attention(
     with _Intercept(lambda arguments: _one_call(host, site, seen, arguments)):
         out = stock()
     if not seen:
-        ledger.note_dense(site, host.step, "its attention backend bypasses scaled_dot_product_attention")
+        ledger.note_dense(site, host.step, _BYPASS)
     return out
+
+
+def _traced(seat: Seat, site: Site, x: torch.Tensor, stock: Callable[[], Any]) -> Any:
+    """Trace the processor itself, one opaque operation in the place of each scaled-dot-product attention."""
+    reason = seat.dense_reason(site, x)
+    if reason:
+        seat.inlined = reason
+        return stock()
+    seen = []
+
+    def one_call(arguments: dict[str, Any]) -> torch.Tensor:
+        seen.append(True)
+        return compiled.sdpa(seat.number, **arguments)
+
+    with _Intercept(one_call):
+        out = stock()
+    if not seen:
+        seat.inlined = _BYPASS
+    return out
+
+
+def answer(host: Host, site: Site, arguments: dict[str, Any]) -> torch.Tensor:
+    """Carry out a scaled-dot-product attention of compiled code, [B, H, S, D] in and out."""
+    query = arguments["query"]
+    reason = host.dense_reason(site, query)
+    if not reason:
+        return _one_call(host, site, [], arguments)
+    with host.engine.ledger.timed_dense(site, host.step, query.device, reason):
+        return F.scaled_dot_product_attention(**arguments)
 
 
 def _one_call(host: Host, site: Site, seen: list[str], arguments: dict[str, Any]) -> torch.Tensor:

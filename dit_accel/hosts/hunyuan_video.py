@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from ..call import Site
 from ..layout import Pad, Text, TokenLayout
 from ..origin import Unchanged
+from ..seat import Seat
 from .family import Family, Host, LayoutUnknownError
 from .generic import key_bias
 from .geometry import Arguments, text, video
-from .own import dispatch, projected, rotate_pairs, run_dense, run_sparse
+from .own import Raw, Rotary, dispatch, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
 
 _PROMPTS = 4  # text lengths remembered: the prompt, the negative prompt, and some more
 
@@ -51,7 +52,7 @@ def _valid(mask: torch.Tensor, memo: dict[str, Any]) -> int | None:
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -66,7 +67,7 @@ def attention(
     reason = host.dense_reason(site, hidden_states, cells + words)
     if not reason and encoder_hidden_states is None:
         reason = "the call carries no text"
-    if reason or host.layout is None or encoder_hidden_states is None:
+    if reason or encoder_hidden_states is None:
         return run_dense(host, site, hidden_states, reason, stock)
     layout, padding = _without_padding(host.layout)
     bias, reason = (None, "") if padding else key_bias(attention_mask, cells + words)
@@ -74,14 +75,37 @@ def attention(
         return run_dense(host, site, hidden_states, reason, stock)
     qkv = _joint_qkv(attn, hidden_states, encoder_hidden_states[:, : words - padding])
     dense = partial(dispatch, original, mask=None if padding else attention_mask)
-    rotate = partial(_rotate, cells=cells, rotary=image_rotary_emb)
-    out = run_sparse(host, site, qkv, rotate, dense, layout, bias)
+    out = run_sparse(host, site, qkv, _rotate, image_rotary_emb, dense, layout, bias, attention_mask)
     return _project_out(attn, out[:, :cells], F.pad(out[:, cells:], (0, 0, 0, padding)))
 
 
-def _without_padding(layout: TokenLayout) -> tuple[TokenLayout, int]:
-    last = layout.segments[-1]
-    return (TokenLayout(layout.segments[:-1]), last.length) if isinstance(last, Pad) else (layout, 0)
+def _answer(
+    original: Any,
+    host: Host,
+    site: Site,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    raw: Raw,
+) -> torch.Tensor:
+    """Carry out an attention call of compiled code, where padding is still in: how much may change with a prompt."""
+    reason = host.dense_reason(site, q, q.shape[1])
+    layout, padding = _without_padding(host.layout)
+    bias, unfit = (None, "") if padding else key_bias(mask, q.shape[1])
+    if reason or unfit:
+        return run_dense(host, site, q, reason or unfit, partial(dispatch, original, q, k, v, mask))
+    kept = q.shape[1] - padding
+    dense = partial(dispatch, original, mask=None if padding else mask)
+    raw = [*(x[:, :kept] for x in raw[:2]), *raw[2:]]
+    qkv = (q[:, :kept], k[:, :kept], v[:, :kept])
+    out = engage(host, site, qkv, unrotated(_rotate, raw), dense, layout, bias)
+    return F.pad(out, (0, 0, 0, 0, 0, padding))
+
+
+def _without_padding(layout: TokenLayout | None) -> tuple[TokenLayout | None, int]:
+    last = layout.segments[-1] if layout else None
+    return (TokenLayout(layout.segments[:-1]), last.length) if layout and isinstance(last, Pad) else (layout, 0)
 
 
 def _joint_qkv(attn: Any, cells: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,9 +126,11 @@ def _heads(
     return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
 
 
-def _rotate(x: torch.Tensor, cells: int, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate the video tokens, which come first."""
     if rotary is None:
         return x
+    cells = rotary[0].shape[0]
     return torch.cat([rotate_pairs(x[:, :cells], rotary), x[:, cells:]], 1)
 
 
@@ -123,4 +149,5 @@ HUNYUAN_VIDEO = Family(
     geometry=geometry,
     processors=("HunyuanVideoAttnProcessor2_0",),
     attention=attention,
+    answer=_answer,
 )

@@ -10,12 +10,12 @@ import torch
 from ..call import Site
 from ..layout import TokenLayout
 from ..origin import Origin
+from ..seat import Seat
 from .family import CrossAttention, Family, Host
 from .geometry import Arguments, video
-from .own import dispatch, projected, run_dense, run_sparse
+from .own import Rotary, answer, dispatch, projected, run_dense, run_sparse
 
 _TEXT_TOKENS = 512  # WanAttnProcessor takes what lies before these as the picture's tokens
-Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
 
 def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
@@ -25,7 +25,7 @@ def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, An
 
 def attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -43,7 +43,7 @@ def attention(
     q, k, v = projected(attn, hidden_states, fused=_fused(attn))
     q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads at once, so before they are split
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-    out = run_sparse(host, site, (q, k, v), partial(_rotate, rotary=rotary_emb), partial(dispatch, original))
+    out = run_sparse(host, site, (q, k, v), _rotate, rotary_emb, partial(dispatch, original))
     return _project_out(attn, out)
 
 
@@ -61,7 +61,7 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 def cross_attention(
     original: Any,
-    host: Host,
+    host: Host | Seat,
     site: Site,
     attn: Any,
     hidden_states: torch.Tensor,
@@ -73,7 +73,8 @@ def cross_attention(
 
     `hidden_states` [B, S, C], `encoder_hidden_states` [B, (picture +) text, C].
     """
-    if host.prompt is None or encoder_hidden_states is None or rotary_emb is not None:
+    traced = isinstance(host, Seat)  # what is kept may not enter compiled code, so there stock computes it
+    if traced or host.prompt is None or encoder_hidden_states is None or rotary_emb is not None:
         return original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
     make = partial(_text_kv, attn, encoder_hidden_states)
     kept = host.engine.text_kv.get(site, host.step, host.prompt.through(*_kv_modules(attn)), make)
@@ -135,5 +136,6 @@ WAN = Family(
     geometry=geometry,
     processors=("WanAttnProcessor",),
     attention=attention,
+    answer=partial(answer, _rotate),
     cross=CrossAttention(sites=r"(blocks)\.\d+\.attn2", attention=cross_attention, prompt=prompt),
 )

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .op import traced
 from .problem import Predicate, Problem
 
 Backend = Literal["triton", "cpu", "reference"]
@@ -68,9 +69,10 @@ def block_sparse_attention(
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
-    problem = _checked(
-        q, k, v, index, count, block_q, block_k, full_count, q_order, k_order, key_bias, predicate, scale
-    )
+    lists = (q, k, v, index, count, block_q, block_k, full_count, q_order, k_order, key_bias, predicate, scale)
+    if torch.compiler.is_compiling():
+        return traced(*lists, backend)
+    problem = _checked(*lists)
     chosen = _chosen_backend(problem, backend)
     if problem.is_empty:
         return _nothing_attended(q)
