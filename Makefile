@@ -26,6 +26,7 @@ bench: $(READY)
 	$(BIN)/python -m dit_accel.eval.bench_block_sparse
 	$(BIN)/python -m dit_accel.eval.bench_crossover
 	$(BIN)/python -m dit_accel.eval.bench_step
+	$(BIN)/python -m dit_accel.eval.bench_fused
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

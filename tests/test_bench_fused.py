@@ -1,0 +1,62 @@
+"""The benchmark of means and k-means: its path on tiny shapes, and that its checks can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_accel.eval import bench_fused
+
+
+def bench(out: Path) -> None:
+    bench_fused.main(["--tiny", "--out", str(out), "--commit", "abc"])
+
+
+def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
+    bench(tmp_path)
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert result["commit"] == "abc"
+    assert {"gpu", "torch", "triton", "date"} < set(result)
+    rows = [bench_fused.Row(**row) for row in result["rows"]]
+    for case in bench_fused.TINY:
+        names = {row.operation for row in rows if row.case == case.name}
+        whats = ("means", f"k-means {case.clusters[0]}")
+        assert {f"{what} {by}" for what in whats for by in ("triton", "reference")} <= names
+    for row in rows:
+        assert row.ms > 0
+        assert row.bound_ms > 0
+        assert row.error <= bench_fused.WORST_EXCESS
+
+
+def test_bounds_are_the_larger_of_bytes_and_flops() -> None:
+    case = bench_fused.TINY[0]
+    assert bench_fused.row(case, "x", int, 0.0, 3.35e9).bound_ms == pytest.approx(1)
+    both = bench_fused.row(case, "x", int, 0.0, 3.35e9, 2 * 989e9)
+    assert (both.bound_ms, both.bound_by) == (pytest.approx(2), "FLOPs")
+
+
+def test_wrong_means_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_fused.unit_means
+    monkeypatch.setattr(bench_fused, "unit_means", lambda *args, **kwargs: right(*args, **kwargs).roll(1, 2))
+    with pytest.raises(RuntimeError, match="means triton errs"):
+        bench(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["labels", "centroids"])
+def test_wrong_clusters_are_not_timed(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_fused.kmeans
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        labels, centroids, sizes = right(*args, **kwargs)
+        return (labels.roll(1, 2), centroids, sizes) if what == "labels" else (labels, centroids.roll(1, 2), sizes)
+
+    monkeypatch.setattr(bench_fused, "kmeans", wrong)
+    with pytest.raises(RuntimeError, match=f"{what} errs"):
+        bench(tmp_path)
+    assert not list(tmp_path.iterdir())
