@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -151,7 +152,7 @@ def kmeans_rows(case: Case, x: Tensor, backends: Sequence[Backend]) -> Iterator[
     """One warm iteration, its assignment alone, and the rest of it; tokens are noise, as hard as it gets."""
     heads_first = x.transpose(1, 2)
     each = x.numel() * x.element_size()
-    for clusters, backend in ((c, b) for c in case.clusters for b in backends):
+    for clusters, backend in itertools.product(case.clusters, backends):
         _, start, _ = kmeans(heads_first, clusters, 1, backend=backend)
 
         def run(backend: Backend = backend, start: Tensor = start) -> tuple[Tensor, Tensor, Tensor]:
