@@ -47,6 +47,16 @@ def join() -> Group:
     return Group(rank, world, device)
 
 
+def set_up_torch(group: Group, seed: int) -> None:
+    """Seeds that differ by process, and the settings that training needs."""
+    torch.manual_seed(seed + group.rank)
+    torch.set_float32_matmul_precision("high")
+    # The backward passes of the other two fused attention kernels failed in training.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch._dynamo.config.recompile_limit = 64
+
+
 def leave(group: Group) -> None:
     if group.world > 1:
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
 from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
 from optimizer import Optimizer
-from parallel import Group, join, leave
+from parallel import Group, join, leave, set_up_torch
 from teacher import Teacher
 from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
@@ -270,12 +270,7 @@ def parse() -> argparse.Namespace:
 
 
 def set_up(args: argparse.Namespace, group: Group) -> None:
-    torch.manual_seed(1000 + group.rank + int(args.before))
-    torch.set_float32_matmul_precision("high")
-    # The backward passes of the other two fused attention kernels failed in training.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch._dynamo.config.recompile_limit = 64
+    set_up_torch(group, seed=1000 + int(args.before))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.batch:
         for name, stage in STAGES.items():

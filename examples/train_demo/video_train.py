@@ -19,7 +19,7 @@ from data import load_pairs
 from diffusers import AutoencoderKLWan
 from export import load_weights, save_weights
 from optimizer import Optimizer
-from parallel import Group, join, leave
+from parallel import Group, join, leave, set_up_torch
 from train import Clock
 from video_model import SHAPES, Model, Shape
 from video_render import draw_clips, load_for_clips, render, whole
@@ -182,12 +182,7 @@ def parse() -> argparse.Namespace:
 
 
 def set_up(args: argparse.Namespace, group: Group) -> None:
-    torch.manual_seed(1000 + group.rank + int(args.before))
-    torch.set_float32_matmul_precision("high")
-    # The backward passes of the other two fused attention kernels failed in training.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch._dynamo.config.recompile_limit = 64
+    set_up_torch(group, seed=1000 + int(args.before))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.batch:
         for name, stage in STAGES.items():

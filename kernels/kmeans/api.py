@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Backend = Literal["triton", "reference"]
+from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons  # its update is that operation
 
 
 def kmeans(
@@ -47,22 +45,6 @@ def kmeans(
     else:
         from .reference import lloyd
     return lloyd(x, _first(x, clusters, start), iterations)
-
-
-def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:
-    """Why a back end cannot take such a tensor; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(x.device)
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {x.dtype} is not fp16, bf16 or fp32")
-    if x.shape[3] > 256:
-        reasons.append(f"head dim {x.shape[3]} is above 256")
-    return reasons
 
 
 def _first(x: Tensor, clusters: int, start: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ def make_call(
     orders: bool = False,
     holes: int = 0,
     bias: str = "",
-    predicate: str = "",
+    predicate: Any = "",
 ) -> Call:
     """A random call; lists may leave rows empty, orders are permutations with `holes` extra slots or more."""
     from dit_accel.kernels.block_sparse import Predicate
@@ -78,7 +78,7 @@ def make_call(
         call["key_bias"] = values
     if predicate:
         coords = [torch.randint(0, 12, (3, n), generator=rng).int() for n in (q_len, k_len)]
-        call["predicate"] = Predicate(predicate, (7, 6, 5), *coords)  # type: ignore[arg-type]
+        call["predicate"] = Predicate(predicate, (7, 6, 5), *coords)
     if full:
         call["full_count"] = full_blocks_first(call)
     return to_device(call, device)
