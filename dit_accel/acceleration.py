@@ -13,9 +13,11 @@ from .attachment import Attachment
 from .call import Site, Stage, Watcher
 from .config import Recipe
 from .engine import Engine
-from .errors import AlreadyAcceleratedError, UnsupportedError
+from .errors import AlreadyAcceleratedError, ConfigError, UnsupportedError, nearest
+from .explain import Explanation
 from .hosts import Family, all_families, family_of
 from .report import Report
+from .sparsity.draw import Cell
 from .sparsity.planner import Planner
 from .step import StepTracker
 
@@ -87,6 +89,27 @@ class Acceleration:
     def step(self, index: int, total: int, branch: str | None = None) -> None:
         """Say where your own denoising loop stands, before each transformer call; index counts from 0."""
         self._tracker.set_manual(index, total, branch)
+
+    def explain(self, site: int | str, step: int, query: Cell | None = None) -> Explanation:
+        """Ask what one attention call does against what it should do; the next run that gets there fills the answer.
+
+        `site` is a number as `sites` counts them, or a name, `step` counts from 0. `query`: the (frame, row, column) of
+        the grid whose keys are drawn, None the middle one. Raises ConfigError for a site that is not there.
+        """
+        if not self._live:
+            raise ConfigError("explain: this acceleration was restored, so nothing runs under it any more.")
+        return Explanation(self._engine, self._site(site), step, query)
+
+    def _site(self, named: int | str) -> Site:
+        sites = self.sites
+        if isinstance(named, int):
+            if not 0 <= named < len(sites):
+                raise ConfigError(f"explain: site must lie in 0..{len(sites) - 1}, got {named}.")
+            return sites[named]
+        found = next((site for site in sites if site.name == named), None)
+        if found is None:
+            raise ConfigError(f"explain: no site is called {named!r}.{nearest(named, [site.name for site in sites])}")
+        return found
 
     def restore(self) -> None:
         """Undo everything; safe to call twice and in any order with other accelerations."""

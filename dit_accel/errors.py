@@ -26,6 +26,10 @@ class PlanError(DitAccelError, ValueError):
     """A plan contradicts itself or the tensors it is run on."""
 
 
+class NotSeenError(DitAccelError, LookupError):
+    """What is asked of a run has not happened in it; the message says what has."""
+
+
 class NonFiniteError(DitAccelError, ArithmeticError):
     """A latent became NaN or infinite; the message names the step."""
 

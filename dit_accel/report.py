@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]
+Listener = Callable[[Site, StepInfo, str, "TokenLayout | None"], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +154,7 @@ class Ledger:
         self._layouts: dict[str, None] = {}
         self._forwards: list[_Events] = []
         self._open: torch.cuda.Event | None = None
+        self.listeners: tuple[Listener, ...] = ()  # told of each dense call: site, step, reason, layout
 
     def begin_forward(self, step: StepInfo, layout: TokenLayout | None, device: torch.device) -> None:
         """Start a transformer call; the first one of a new run forgets the run before."""
@@ -218,6 +220,9 @@ class Ledger:
         events: _Events | None,
     ) -> None:
         self._records.append(_Record(site.group, step.index, kind, reason, kernel, pairs, density, events))
+        if kind == "dense":
+            for listen in self.listeners:
+                listen(site, step, reason, self._layout)
 
     def report(self, untouched: Mapping[str, str], state_bytes: int, notes: Sequence[str] = ()) -> Report:
         """Add the records up; on a GPU this waits for it."""

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.pipelines.cli import Debug, Json, app, main, print_json
+from dit_accel.pipelines import options
+from dit_accel.pipelines.cli import app, main, print_json
+from dit_accel.pipelines.options import Debug, Json
 from dit_accel.pipelines.screen import screen
 
 
@@ -27,16 +29,16 @@ def evaluate(
     dense_layers: Annotated[int, typer.Option(help="First layers dense, for every recipe alike.")] = 0,
     rivals: Annotated[bool, typer.Option(help="Also fewer steps and diffusers' caches.")] = True,
     floors: Annotated[bool, typer.Option(help="Also the noise floors.")] = True,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
-    true_cfg: Annotated[float | None, typer.Option(help="The pipeline's true_cfg_scale.")] = None,
-    text_length: Annotated[int | None, typer.Option(help="The pipeline's max_sequence_length.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on CUDA, fp32 on a CPU.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
+    negative_prompt: options.NegativePrompt = None,
+    guidance: options.Guidance = None,
+    true_cfg: options.TrueCfg = None,
+    text_length: options.TextLength = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
     report: Annotated[
         Path | None, typer.Option(help="Rows of an earlier study: only make the report anew.", show_default=False)
     ] = None,

@@ -11,8 +11,7 @@ from dit_accel.sparsity.decide import grid_share, tiling_for
 from dit_accel.sparsity.plan import Plan, from_units
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.tiling import Tiling
-
-from .exact import block_mass
+from dit_accel.truth import block_mass
 
 
 class OraclePlanner(Planner):

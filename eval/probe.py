@@ -9,8 +9,8 @@ import torch
 from dit_accel.acceleration import Acceleration
 from dit_accel.call import AttentionCall
 from dit_accel.sparsity.plan import Plan
+from dit_accel.truth import quality
 
-from .exact import quality
 from .store import DensityMap, Sample
 
 SAMPLED = (0.45, 0.9)  # where in the run calls are looked at, as shares of its steps

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import options
+from .options import Debug, Json
 from .screen import FAILED, OneLineErrors, screen
 
 app = typer.Typer(
@@ -20,8 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (or set DIT_ACCEL_DEBUG=1).")]
 
 
 @app.callback(invoke_without_command=True)
@@ -48,28 +48,23 @@ def generate(
         str | None,
         typer.Option(help="Shipped model, folder, or Hub id; emoji-flux, or emoji-wan for a clip.", show_default=False),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe or preset by name, or a YAML/JSON file.")] = "balanced",
-    density: Annotated[float | None, typer.Option(help="Share of token pairs to compute, above 0, up to 1.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe; repeatable."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    recipe: options.Recipe = "balanced",
+    density: options.Density = None,
+    set_: options.Set = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of a clip, 1 to 120 (.gif: to 50).")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
-    true_cfg: Annotated[
-        float | None, typer.Option(help="The pipeline's true_cfg_scale; 2 with a negative prompt on Flux.")
-    ] = None,
-    text_length: Annotated[int | None, typer.Option(help="The pipeline's max_sequence_length.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on CUDA, fp32 on a CPU.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    negative_prompt: options.NegativePrompt = None,
+    guidance: options.Guidance = None,
+    true_cfg: options.TrueCfg = None,
+    text_length: options.TextLength = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run stock; write both side by side.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    force: options.Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -99,6 +94,78 @@ def generate(
         print_json(result.to_dict())
     screen(stderr=as_json).print(result.made.report)
     print(result, file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What to draw, such as 'taco, noto style'.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture of the call (.png, .jpg, .webp).")],
+    site: Annotated[str, typer.Option(help="Attention site, by number from 0 or by name.")],
+    step: Annotated[int, typer.Option(help="Denoising step, from 0.")],
+    query: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRAME,ROW,COLUMN", help="Token of the grid whose keys are drawn; the middle one, if none."
+        ),
+    ] = None,
+    head: Annotated[list[int] | None, typer.Option(help="Repeatable; all heads, if none.")] = None,
+    model: Annotated[str, typer.Option(help="Shipped model, folder, or Hub id.")] = "emoji-flux",
+    recipe: options.Recipe = "draft",
+    density: options.Density = None,
+    set_: options.Set = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
+    negative_prompt: options.NegativePrompt = None,
+    guidance: options.Guidance = None,
+    true_cfg: options.TrueCfg = None,
+    text_length: options.TextLength = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
+    force: options.Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Hold one attention call against the true attention and the best choice, as figures and a picture."""
+    from dit_accel.config import build
+
+    from .explain import ExplainJob, parse_query
+    from .settings import Settings
+
+    asked = {
+        "steps": steps,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+        "true_cfg": true_cfg,
+        "text_length": text_length,
+    }
+    settings: Settings = build(Settings, asked, "explain")
+    job = ExplainJob(
+        prompt=prompt,
+        output=output,
+        site=int(site) if site.isdecimal() else site,
+        step=step,
+        query=parse_query(query),
+        heads=head,
+        model=model,
+        recipe=recipe,
+        overrides=parse_overrides(density, set_ or []),
+        settings=settings,
+        dtype=dtype,
+        device=device,
+        force=force,
+    )
+    look = job.run()
+    if as_json:
+        print_json({"output": str(output), **look.to_dict()})
+    screen(stderr=as_json).print(look)
+    print(output, file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()

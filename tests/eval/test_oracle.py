@@ -1,4 +1,4 @@
-"""Recall, error and the oracle against slow restatements on ragged grids with text, and the oracle's promise."""
+"""The oracle: the best of all choices of its blocks, at the asked density, with all text."""
 
 from __future__ import annotations
 
@@ -6,81 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from test_truth import LAYOUTS, call_on
 
 from dit_accel import recipes
 from dit_accel.api import attention
-from dit_accel.call import AttentionCall, Site
+from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
 from dit_accel.errors import ConfigError
-from dit_accel.eval import exact
-from dit_accel.eval.exact import block_mass, quality
 from dit_accel.eval.oracle import OraclePlanner
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity.decide import tiling_for
 from dit_accel.sparsity.plan import Plan
 from dit_accel.sparsity.recipes import resolve
-from dit_accel.step import StepInfo
-
-LAYOUTS = {
-    "picture": TokenLayout(grid=(1, 21, 27), text=7),
-    "video": TokenLayout(grid=(5, 9, 11), text=5, text_first=False),
-}
-
-
-def call_on(layout: TokenLayout, seed: int, bias: bool = False, heads: int = 3) -> AttentionCall:
-    """Make queries and keys that vary smoothly over the sequence, so that blocks differ in worth."""
-    make = torch.Generator().manual_seed(seed)
-    drift = torch.linspace(0, 12, layout.length)[None, :, None, None]
-    phase = torch.rand(2, 1, heads, 16, generator=make) * 6
-    q, k = ((drift + phase).sin() * 2 + torch.randn(2, layout.length, heads, 16, generator=make) for _ in range(2))
-    v = torch.randn(2, layout.length, heads, 16, generator=make)
-    masked = torch.zeros(2, 1, layout.length)
-    masked[1, :, :3] = float("-inf")
-    site = Site("site", "site", 0, torch.nn.Identity())
-    step = StepInfo(1, 0, 2, "0")
-    return AttentionCall(site, step, layout, q, k, v, 0.25, lambda *_: q, key_bias=masked if bias else None)
-
-
-def true_weights(call: AttentionCall) -> torch.Tensor:
-    logits = torch.einsum("bqhd,bkhd->bhqk", call.q.double(), call.k.double()) * call.scale
-    return (logits if call.key_bias is None else logits + call.key_bias.double()[:, :, None]).softmax(-1)
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["all keys", "masked keys"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_recall_and_error_are_those_of_the_whole_matrix(
-    layout: TokenLayout, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call = call_on(layout, 1, bias)
-    out, plan = attention(
-        call.q, call.k, call.v, layout=layout, recipe="draft", density=0.4, scale=call.scale, key_bias=call.key_bias,
-        return_plan=True,
-    )  # fmt: skip
-    weights = true_weights(call)
-    true = torch.einsum("bhqk,bkhd->bqhd", weights, call.v.double())
-    recall = float((weights * plan.to_mask()).sum(-1).mean())
-    error = float((out - true).norm() / true.norm())
-    assert 0.1 < error < 2
-    for chunk in (exact.CHUNK, 2 * 3 * layout.length * 10):  # all queries at once, and ten at a time
-        monkeypatch.setattr(exact, "CHUNK", chunk)
-        seen = quality(call, plan, out)
-        assert seen.recall == pytest.approx(recall, abs=1e-5)
-        assert seen.error == pytest.approx(error, abs=1e-5)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_block_mass_is_the_sum_over_the_tokens_of_two_blocks(layout: TokenLayout) -> None:
-    call = call_on(layout, 2)
-    tiling = tiling_for(resolve("draft", density=0.3), layout)
-    slots = tiling.on(torch.device("cpu")).slots
-    mass = block_mass(call, slots[None, None], slots[None, None], tiling.unit, tiling.unit)
-    weights = true_weights(call)
-    units = [[int(t) for t in unit if t >= 0] for unit in slots.view(-1, tiling.unit)]
-    for i, rows in enumerate(units):
-        for j, cols in enumerate(units):
-            expected = weights[:, :, rows][..., cols].sum((-1, -2))
-            torch.testing.assert_close(mass[..., i, j].double(), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(mass.sum((-1, -2)), torch.full((2, 3), float(layout.length)))
+from dit_accel.truth import block_mass, quality
 
 
 def oracle_plan(call: AttentionCall, like: Recipe) -> Any:
