@@ -24,6 +24,7 @@ from .rivals import Cache, cached
 from .store import Family
 
 ORACLE, ORACLE_BLOCKS = "oracle", "draft"
+ALL = "all"
 STEP_SHARES = (0.75, 0.5)
 
 
@@ -125,12 +126,13 @@ class OtherDtype(Candidate):
 def sparse_candidates(
     names: Sequence[str], densities: Sequence[float], dense_steps: float, dense_layers: int
 ) -> list[Candidate]:
-    """Return recipes x densities, all with the same dense steps and layers; "oracle" is one of the names.
+    """Return recipes x densities, all with the same dense steps and layers.
 
-    A recipe whose rule takes no density takes part once, as it is. Raises ConfigError.
+    Among the names "oracle" is the oracle, and "all" stands for every recipe and the oracle. A recipe whose rule takes
+    no density takes part once, as it is. Raises ConfigError.
     """
     found: dict[str, Candidate] = {}
-    for name in names:
+    for name in (one for given in names for one in (default_names() if given == ALL else [given])):
         for density in densities:
             candidate = _sparse(name, density, dense_steps, dense_layers)
             found.setdefault(candidate.name, candidate)

@@ -19,7 +19,7 @@ def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The report, an .html file; rows lie beside it.")],
     model: Annotated[str, typer.Option(help="Shipped model, folder, or Hub id.")] = "emoji-flux",
     recipe: Annotated[
-        list[str] | None, typer.Option(help="Recipe, recipe file, or 'oracle'; repeatable. All, if none.")
+        list[str] | None, typer.Option(help="Recipe, recipe file, 'oracle', or 'all'; repeatable. All, if none.")
     ] = None,
     density: Annotated[list[float] | None, typer.Option(help="Repeatable; 0.5 and 0.3, if none.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; the demo's own prompts, if none.")] = None,

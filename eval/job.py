@@ -22,7 +22,7 @@ from dit_accel.pipelines.loading import choose_device, choose_dtype, load, locat
 from dit_accel.pipelines.screen import screen
 from dit_accel.pipelines.settings import Settings, model_defaults
 
-from .candidates import Cached, Candidate, default_names, fewer_steps, floors, sparse_candidates
+from .candidates import ALL, Cached, Candidate, fewer_steps, floors, sparse_candidates
 from .report import Summary, write_report
 from .rivals import caches, mag_ratios
 from .store import Setup, Store
@@ -67,7 +67,7 @@ class EvalJob:
         _check_output(self.output)
         _check_packages()
         self._check_numbers()
-        sparse = sparse_candidates(self.recipes or default_names(), self.densities, self.dense_steps, self.dense_layers)
+        sparse = sparse_candidates(self.recipes or [ALL], self.densities, self.dense_steps, self.dense_layers)
         listed = self._listed_prompts()
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)

@@ -9,11 +9,12 @@ import torch
 from dit_accel.acceleration import Acceleration
 from dit_accel.call import AttentionCall
 from dit_accel.sparsity.plan import Plan
+from dit_accel.sparsity.planner import first_sparse
 from dit_accel.truth import quality
 
 from .store import DensityMap, Sample
 
-SAMPLED = (0.45, 0.9)  # where in the run calls are looked at, as shares of its steps
+LOOKS = 6  # steps at which calls are looked at
 
 
 class DensityWatch:
@@ -37,15 +38,22 @@ class DensityWatch:
         return round(float(torch.stack([d.float().cpu() for d in seen]).mean()), 5) if seen else 1.0
 
 
+def looked_at(total: int, dense_steps: float) -> list[int]:
+    """Return the steps at which calls are looked at: the middles of equal parts of those that may run sparse."""
+    first = first_sparse(total, dense_steps)
+    return sorted({int(first + (part + 0.5) * (total - first) / LOOKS) for part in range(LOOKS)})
+
+
 class QualityWatch:
     """Measure recall, best recall and output error of the calls of a few steps, at every site and branch."""
 
-    def __init__(self) -> None:
+    def __init__(self, dense_steps: float) -> None:
         self.samples: list[Sample] = []
+        self._dense_steps = dense_steps
 
     def __call__(self, call: AttentionCall, plan: Plan, out: torch.Tensor) -> None:
         index, total = call.step.index, call.step.total
-        if index is None or total is None or index not in {int(share * total) for share in SAMPLED}:
+        if index is None or total is None or index not in looked_at(total, self._dense_steps):
             return
         seen = quality(call, plan, out)
         self.samples.append(

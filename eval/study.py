@@ -107,7 +107,7 @@ class Study:
         if candidate.name in self._warm and not first:
             return ()
         self._warm.add(candidate.name)
-        watch = QualityWatch()
+        watch = QualityWatch(self.store.setup.dense_steps)
         if course.handle is not None and first:
             course.handle.watchers = (watch,)
             generate_stock(course.pipe, prompt, settings=course.settings)

@@ -99,7 +99,7 @@ class Planner:
             if recipe.dense_steps or recipe.stateful or recipe.cases:
                 return step.reason
         else:
-            first = int(recipe.dense_steps * step.total + 0.5)
+            first = first_sparse(step.total, recipe.dense_steps)
             if step.index < first:
                 return f"first {first} of {step.total} steps stay dense"
         here = self._recipe_at(site, step)
@@ -220,6 +220,11 @@ def _followed(recipe: Recipe, kept: _Kept, probe: Probe, call: AttentionCall) ->
         kept = replace(kept, plan=replace(kept.plan, bits=bits), probe=probe)
     probe.measure(now, recipe.drift)
     return kept
+
+
+def first_sparse(total: int, dense_steps: float) -> int:
+    """Return the first step of a run that a recipe with a share of dense steps may run sparse."""
+    return int(dense_steps * total + 0.5)
 
 
 def _decider(recipe: Recipe, site: Site) -> str:
