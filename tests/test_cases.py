@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import dit_accel
+from dit_accel import attend
 from dit_accel.call import AttentionCall, Site
 from dit_accel.config import Case, Recipe
 from dit_accel.errors import ConfigError, PlanError
@@ -225,3 +226,84 @@ def test_a_reused_selection_is_corrected_by_the_present_tensors() -> None:
     first = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, state=state)
     second = dit_accel.attention(q, k, -v, layout=layout, recipe=recipe, state=state)
     torch.testing.assert_close(second, -first, rtol=1e-5, atol=1e-6)
+
+
+# -- mixtures: several recipes with state, told apart by layer and step ---
+def clustered(clusters: int) -> dict[str, Any]:
+    """Return the settings of a case by clusters; recipes with other numbers of them cannot share their centroids."""
+    recipe = resolve("svg2", density=0.3, queries=clusters, keys=2 * clusters)
+    return {"order": recipe.order, "score": recipe.score, "select": recipe.select, "block_q": 16}
+
+
+HALVES = {
+    "base": RECIPE,
+    "name": "halves",
+    "every": 1,
+    "cases": [
+        {"depth": (0.0, 0.5), "steps": (0.0, 0.5), **clustered(4)},
+        {"depth": (0.0, 0.5), "steps": (0.5, 1.0), **clustered(6)},
+        {"depth": (0.5, 1.0), "steps": (0.0, 0.5), "every": 3},
+        {"depth": (0.5, 1.0), "steps": (0.5, 1.0), "select": {"kind": "percentile", "density": 0.6}, "every": 9},
+    ],
+}
+
+
+@pytest.mark.parametrize(("sites", "first"), [(8, [0, 1, 2, 3]), (5, [0, 1, 2]), (1, [0])])
+def test_depth_is_a_share_of_the_sites(sites: int, first: list[int]) -> None:
+    """Every site of a model of any depth lies in one half."""
+    assert [site for site in range(sites) if Case(depth=(0.0, 0.5)).holds(site, sites, 0.0)] == first
+    assert [site for site in range(sites) if Case(depth=(0.5, 1.0)).holds(site, sites, 0.0)] == [
+        site for site in range(sites) if site not in first
+    ]
+
+
+def test_a_mixture_decides_as_its_parts_alone() -> None:
+    """At every step and site as a planner that only ever had the recipe in force there, started with its window."""
+    mixture = resolve(HALVES)
+    planner, alone = Planner(mixture), {}
+    for step in range(10):
+        for layer in (0, 3, 4, 7):
+            here = mixture.at(layer, 8, step / 10)
+            parts = alone.setdefault((layer, here), Planner(here))
+            attention = call(step, 100 * step + layer, layer)
+            assert torch.equal(mask(planner, attention), mask(parts, attention)), (step, layer)
+    assert len(alone) == 8
+
+
+def test_a_later_window_decides_anew_what_an_earlier_one_kept() -> None:
+    planner = Planner(resolve(HALVES))
+    first = mask(planner, call(3, 0, 7))
+    assert torch.equal(mask(planner, call(4, 1, 7)), first)  # kept for three steps
+    later = mask(planner, call(5, 2, 7))
+    assert float(later.float().mean()) > 0.5 > float(first.float().mean())
+    assert torch.equal(mask(planner, call(9, 3, 7)), later)
+
+
+def test_a_residual_of_another_window_is_measured_anew() -> None:
+    residual = {"kind": "residual", "every": 20}
+    cases = [{"steps": (0.0, 0.5), "correct": residual}, {"steps": (0.5, 1.0), "correct": {**residual, "growth": 0.1}}]
+    planner = Planner(RECIPE.override(cases=tuple(cases)))
+    full = []
+    for step in range(10):
+        plan = planner.plan(call(step, step))
+        full.append(bool(plan.measures))
+        attend.run(plan, *(getattr(call(step, step), name) for name in ("q", "k", "v")))
+    assert [step for step, measures in enumerate(full) if measures] == [0, 5]
+
+
+def test_a_total_is_asked_for_as_a_density_and_scales_the_cases() -> None:
+    everything, band = {"kind": "all"}, {"options": [{"select": {"kind": "band", "density": 0.4}}]}
+    mixture = resolve(
+        {**HALVES, "total": 0.4, "cases": [*HALVES["cases"], {"select": everything}, {"heads": band}]}, density=0.2
+    )
+    assert (mixture.density, mixture.total) == (0.2, 0.2)
+    assert mixture.select.asked == pytest.approx(0.15)
+    asked = [case.select.asked if case.select else None for case in mixture.cases]
+    assert asked == [pytest.approx(0.15), pytest.approx(0.15), None, pytest.approx(0.3), None, None]
+    heads = mixture.cases[-1].heads
+    assert heads is not None
+    assert heads.options[0].select.asked == pytest.approx(0.2)
+    assert mixture.at(0, 8, 0.0).total is None
+    assert max(case.select.asked or 0 for case in mixture.override(density=1).cases if case.select) == 1
+    with pytest.raises(ConfigError, match="density: input should be less than or equal to 1, got 2"):
+        mixture.override(density=2)

@@ -37,6 +37,14 @@ class HeadChoice(Config, frozen=True):
     budget: Density | None = None
     given: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
 
+    @property
+    def asked(self) -> float | None:
+        """The asked density, None where the options decide or ask for several."""
+        if self.budget is not None:
+            return self.budget
+        asked = {option.select.asked for option in self.options} - {None}
+        return asked.pop() if len(asked) == 1 else None
+
     @model_validator(mode="after")
     def _numbers_fit(self) -> HeadChoice:
         if self.given and max(self.given) >= len(self.options):

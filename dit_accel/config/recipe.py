@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ..errors import ConfigError, nearest
-from .base import Block, Config, Count, Share
+from .base import Block, Config, Count, Density, Share
 from .check import build
 from .correct import Correct
 from .heads import HeadChoice
@@ -17,17 +17,21 @@ from .score import GeometryScore, Score
 from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
+MAPPED = (*AXES, "heads", "every", "decide_at", "decide_layers", "block_q", "block_k")  # what a case may replace
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
 
 class Case(Config, frozen=True):
     """Other choices for some layers and steps: what is None stays as the recipe has it.
 
-    `layers`: attention sites as a Python slice, "0:4", "-2:" or "1::3" (every third from the second on).
-    `steps`: first and last share of the run, [0.2, 0.6) for instance.
+    `layers`: attention sites as a Python slice, "0:4", "-2:" or "1::3" (every third from the second on). `depth`: sites
+    as first and last share of all, [0.0, 0.25) for instance, which fits models of any depth. `steps`: first and last
+    share of the run, [0.2, 0.6) for instance. `name` is for the reader alone.
     """
 
+    name: str | None = None
     layers: Annotated[str, Field(pattern=r"^-?\d*:-?\d*(:[1-9]\d*)?$")] | None = None
+    depth: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
     steps: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
     order: Order | None = None
     score: Score | None = None
@@ -35,10 +39,17 @@ class Case(Config, frozen=True):
     keeps: Keeps | None = None
     correct: Correct | None = None
     heads: HeadChoice | None = None
+    every: Count | None = None
+    decide_at: Annotated[tuple[Share, ...], Field(strict=False)] | None = None
+    decide_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
+    block_q: Block | None = None
+    block_k: Block | None = None
 
     def holds(self, site: int, sites: int, share: float) -> bool:
         """Say whether the case speaks for a site and a share of the run."""
         if self.steps is not None and not self.steps[0] <= share < self.steps[1]:
+            return False
+        if self.depth is not None and not self.depth[0] <= site / sites < self.depth[1]:
             return False
         if self.layers is None:
             return True
@@ -46,9 +57,9 @@ class Case(Config, frozen=True):
         return site in range(sites)[start:stop:step]
 
     @property
-    def changes(self) -> dict[str, Config]:
-        """The axes this case replaces."""
-        return {axis: value for axis in (*AXES, "heads") if (value := getattr(self, axis)) is not None}
+    def changes(self) -> dict[str, Any]:
+        """The settings this case replaces."""
+        return {name: value for name in MAPPED if (value := getattr(self, name)) is not None}
 
 
 class Recipe(Config, frozen=True):
@@ -59,8 +70,9 @@ class Recipe(Config, frozen=True):
     again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
     the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
     first steps left dense. `dense_layers`: first layers left dense. `block_q`, `block_k`: largest kernel tile.
-    `cases`: other choices for some layers and steps, later ones win. `adaptive`: go dense where the measured table
-    says that sparse would be slower (presets). `sources`: the papers.
+    `cases`: other choices for some layers and steps, later ones win. `total`: what a mixture of densities was made to
+    compute of all pairs after the dense steps; another density scales what its cases ask. `adaptive`: go dense where
+    the measured table says that sparse would be slower (presets). `sources`: the papers.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -79,6 +91,7 @@ class Recipe(Config, frozen=True):
     dense_layers: Annotated[int, Field(ge=0)] = 0
     block_q: Block = 128
     block_k: Block = 64
+    total: Density | None = None
     adaptive: bool = False
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
@@ -108,12 +121,7 @@ class Recipe(Config, frozen=True):
     @property
     def density(self) -> float | None:
         """The asked density, None where the rule itself decides."""
-        if self.heads is None:
-            return self.select.asked
-        if self.heads.budget is not None:
-            return self.heads.budget
-        asked = {option.select.asked for option in self.heads.options} - {None}
-        return asked.pop() if len(asked) == 1 else None
+        return self.total or (self.select.asked if self.heads is None else self.heads.asked)
 
     @property
     def content_driven(self) -> bool:
@@ -145,9 +153,7 @@ class Recipe(Config, frozen=True):
         """
         data = self.model_dump()
         for key, value in changes.items():
-            if key in data and key not in (*AXES, "heads"):
-                data[key] = value
-            elif key in (*AXES, "heads"):
+            if key in data:
                 data[key] = value if not isinstance(value, Config) else value.model_dump()
             elif key == "density":
                 data = self._with_density(data, value)
@@ -159,20 +165,32 @@ class Recipe(Config, frozen=True):
         return build(Recipe, data, f"recipe {self.name!r}")
 
     def _with_density(self, data: dict[str, Any], density: Any) -> dict[str, Any]:
-        """Ask the selection, and those of all options and cases, for a density."""
+        """Ask the selection, and those of all options and cases, for a density; a mixture for as much more or less."""
+        if self.total is not None:
+            return {**data, **self._scaled(density), "total": density}
         out = {**data, "select": self.select.with_density(density)}
-        if self.heads is not None and self.heads.budget is not None:
-            out["heads"] = {**data["heads"], "budget": density}
-        elif self.heads is not None and any(o.select.asked for o in self.heads.options):
-            # options of fixed size, such as everything and nothing, would miss the density
-            options = [o for o in self.heads.options if o.select.asked]
-            asked = tuple({**o.model_dump(), "select": o.select.with_density(density)} for o in options)
-            out["heads"] = {**data["heads"], "options": asked, "limit": None}
+        if self.heads is not None:
+            out["heads"] = _choice_with_density(self.heads, density)
         out["cases"] = tuple(
             c.model_dump() if c.select is None else {**c.model_dump(), "select": c.select.with_density(density)}
             for c in self.cases
         )
         return out
+
+    def _scaled(self, density: Any) -> dict[str, Any]:
+        """Ask everything that names a density for as much more or less as `density` is than the total."""
+        factor = build(_Asked, {"density": density}, f"recipe {self.name!r}").density / (self.total or 1.0)
+
+        def scaled(part: Recipe | Case) -> dict[str, Any]:
+            out = part.model_dump()
+            if part.select is not None and part.select.asked is not None:
+                out["select"] = part.select.with_density(min(1.0, part.select.asked * factor))
+            if part.heads is not None and part.heads.asked is not None:
+                out["heads"] = _choice_with_density(part.heads, min(1.0, part.heads.asked * factor))
+            return out
+
+        whole = scaled(self)
+        return {name: whole[name] for name in ("select", "heads")} | {"cases": tuple(map(scaled, self.cases))}
 
     def _settings(self) -> list[str]:
         data = self.model_dump()
@@ -185,13 +203,27 @@ class Recipe(Config, frozen=True):
         return f"{self.name}: {axes}, {when}"
 
 
+class _Asked(Config, frozen=True):
+    density: Density
+
+
+def _choice_with_density(choice: HeadChoice, density: Any) -> dict[str, Any]:
+    data = choice.model_dump()
+    if choice.budget is not None:
+        return {**data, "budget": density}
+    # options of fixed size, such as everything and nothing, would miss the density
+    options = [o for o in choice.options if o.select.asked]
+    asked = tuple({**o.model_dump(), "select": o.select.with_density(density)} for o in options)
+    return {**data, "options": asked, "limit": None} if options else data
+
+
 @lru_cache(maxsize=4096)
 def _at(recipe: Recipe, site: int, sites: int, share: float) -> Recipe:
     changes: dict[str, Any] = {}
     for case in recipe.cases:
         if case.holds(site, sites, share):
             changes |= case.changes
-    return recipe.override(**changes, cases=()) if changes else recipe.override(cases=())
+    return recipe.override(**changes, cases=(), total=None)
 
 
 def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option: bool = False) -> None:

@@ -28,8 +28,9 @@ LAYOUT_LIMIT = 8  # geometric plans kept
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one site and branch remembers: its last decision, and where the next one may start."""
+    """What one site and branch remembers: its last decision, by which recipe, and where the next one may start."""
 
+    recipe: Recipe
     step: int
     layout: TokenLayout
     shape: tuple[int, ...]
@@ -135,7 +136,7 @@ class Planner:
     def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
         key = (_decider(recipe, call.site), call.step.branch)
         kept = self._kept.get(key)
-        if kept is not None and not self._fits(kept, call):
+        if kept is not None and not self._fits(recipe, kept, call):
             kept = None
         if kept is not None and kept.probe is not None:
             kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
@@ -157,21 +158,22 @@ class Planner:
         kept = self._missing.get(key)
         if (
             kept is None
-            or not self._fits(kept, call)
+            or not self._fits(recipe, kept, call)
             or kept.missing is None
             or now - kept.step >= recipe.correct.every
         ):
             self._make_room(recipe, call, kept)
             missing = Missing(now)
             shape = tuple(call.q.shape)
-            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing)
+            self._missing[key] = _Kept(recipe, now, call.layout, shape, call.q.device, missing=missing)
             return residual(plan, recipe.correct, cut, missing, measure=True)
         return residual(plan, recipe.correct, cut, kept.missing, measure=False)
 
     # -- what is kept -----------------------------------------------------------------------------------------------
-    def _fits(self, kept: _Kept, call: AttentionCall) -> bool:
+    def _fits(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
+        """Say whether what is kept belongs to calls like this one, and to what is asked of it here and now."""
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
-        return same and (call.step.index is None or call.step.index >= kept.step)
+        return same and kept.recipe == recipe and (call.step.index is None or call.step.index >= kept.step)
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step
@@ -189,8 +191,9 @@ class Planner:
         if recipe.reuses:
             packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
         probe = None if recipe.drift is None else Probe(look(call.layout, call.q, call.k))
+        shape = tuple(call.q.shape)
         self._kept[key] = _Kept(
-            call.step.index, call.layout, tuple(call.q.shape), call.q.device, packed, decision.warm, probe=probe
+            recipe, call.step.index, call.layout, shape, call.q.device, packed, decision.warm, probe=probe
         )
 
     def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:
