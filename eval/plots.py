@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Cost = Callable[[Standing], float | None]
+PER_COLUMN = 26  # names in a column of a legend
 HEADROOM = 6  # dB above the best candidate that a plot still shows
 _MARKS = {"recipe": "o", "oracle": "*", "steps": "s", "cache": "^", "floor": "x", "reference": "D"}
 
@@ -38,7 +39,7 @@ def quality_plot(lines: Sequence[Standing], cost: Cost, label: str) -> bytes | N
     _draw_floors(axes, lines, top=max(line.figures["psnr"].mean for line, _ in shown) + HEADROOM)
     axes.set_xlabel(label)
     axes.set_ylabel("PSNR against the reference, dB")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
     return _saved(figure)
 
 
@@ -49,20 +50,21 @@ def recall_plot(lines: Sequence[Standing]) -> bytes | None:
         return None
     figure, axes = _figure(7.5, 4.2)
     pairs = [(line, line.density) for line in shown if line.density is not None]
-    for i, (name, group) in enumerate(_curves(pairs).items()):
+    for name, group in _curves(pairs).items():
         x = [density for _, density in group]
         mark = _MARKS[group[0][0].family]
-        axes.plot(x, [line.recall for line, _ in group], color=f"C{i % 10}", marker=mark, label=name, linewidth=1)
+        (drawn,) = axes.plot(x, [line.recall for line, _ in group], marker=mark, label=name, linewidth=1)
         best = [(d, line.best_recall) for line, d in group if line.best_recall is not None]
-        axes.plot([d for d, _ in best], [b for _, b in best], color=f"C{i % 10}", linestyle=":", linewidth=1)
+        if best:
+            axes.plot(*zip(*best, strict=True), color=drawn.get_color(), linestyle=":", linewidth=1)
     axes.set_xlabel("density of the calls that ran sparse")
     axes.set_ylabel("attention mass kept\n(dotted: best choice of the same blocks)")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
     return _saved(figure)
 
 
 def error_plot(rows: Sequence[Row]) -> bytes | None:
-    """Draw the relative output error of the sampled calls, layer by layer."""
+    """Draw the relative output error of the sampled calls of some candidates, layer by layer."""
     shown = {row.candidate: row for row in rows if row.samples}
     if not shown:
         return None
@@ -73,7 +75,7 @@ def error_plot(rows: Sequence[Row]) -> bytes | None:
         axes.plot(range(len(sites)), means, marker=".", label=row.candidate, linewidth=1)
     axes.set_xlabel("attention site, in model order")
     axes.set_ylabel("relative error of its output")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
     return _saved(figure)
 
 
@@ -118,12 +120,21 @@ def _bars(group: Sequence[tuple[Standing, float]]) -> Any:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Axes]:
+    from cycler import cycler
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=[colormaps["tab20"](i) for i in range(20)]))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    """Name the curves beside the plot, in as many columns as they need."""
+    names = len(axes.get_legend_handles_labels()[1])
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + (names - 1) // PER_COLUMN)
 
 
 def _saved(figure: Any) -> bytes:

@@ -16,29 +16,14 @@ from . import plots
 from .metrics import missing
 from .modelled import RESULTS, Model, models
 from .store import Row, Setup, load, open_media
-from .summary import Interval, Standing, standings
+from .summary import Standing, standings
+from .tables import Table, tables, winners
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-TITLES = {
-    "psnr": ("PSNR dB", 2),
-    "ssim": ("SSIM", 4),
-    "ms_ssim": ("MS-SSIM", 4),
-    "flip": ("FLIP", 4),
-    "temporal_error": ("temporal error", 2),
-    "vmaf": ("VMAF", 2),
-}
+    import rich.table
 
 BRIEF = ("candidate", "density", "overall", "steps", "PSNR", "SSIM", "recall", "seconds")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the table: its title and what stands in it for each candidate."""
-
-    title: str
-    cells: tuple[str, ...]
+GALLERIES = 4  # prompts whose pictures are on the page, or it would grow without end
 
 
 @dataclass(frozen=True)
@@ -62,47 +47,40 @@ class Summary:
         notes = [*setup.notes, *missing(any(row.fps is not None for row in rows))]
         if not measured:
             notes.append("no modelled times: benchmarks/results holds no step_*.json of eval/bench_step.py")
-        return cls(path, setup, rows, standings(rows, measured), measured, tuple(dict.fromkeys(notes)))
+        return cls(path, setup, rows, standings(rows, measured, setup), measured, tuple(dict.fromkeys(notes)))
 
-    def columns(self) -> list[Column]:
-        """Return the table, columns without any entry left out."""
-        wall = f"seconds ({self.setup.device})"
-        columns = [
-            Column("candidate", tuple(line.candidate for line in self.lines)),
-            self._column("density", [_number(line.density, 3) for line in self.lines]),
-            self._column("overall", [_number(line.overall_density, 3) for line in self.lines]),
-            self._column("steps", [_number(line.steps, 0) for line in self.lines]),
-            *(self._column(*self._figure(name)) for name in TITLES),
-            self._column("recall", [_number(line.recall, 4) for line in self.lines]),
-            self._column("best recall", [_number(line.best_recall, 4) for line in self.lines]),
-            self._column("output error", [_number(line.error, 4) for line in self.lines]),
-            self._column(wall, [_interval(line.seconds, 2) for line in self.lines]),
-            *(self._column(f"modelled s ({m.name}, {m.device})", self._modelled(m)) for m in self.models),
-            self._column("peak MiB", [_number(_mib(line.peak_bytes), 0) for line in self.lines]),
-        ]
-        return [column for column in columns if any(column.cells)]
+    @property
+    def tables(self) -> list[Table]:
+        """The ranking, a table for each asked density and each other family."""
+        return tables(self.lines, self.rows, self.setup, self.models)
 
-    def table(self) -> Table:
-        """Return the table for a terminal, which has no room for all columns."""
+    @property
+    def shown(self) -> list[Table]:
+        """What the page and docs show: the best at each density, then all tables, without empty columns."""
+        best = winners(self.lines)
+        return [table.trimmed for table in ([best] if best.rows else []) + self.tables]
+
+    def table(self) -> rich.table.Table:
+        """Return the ranking for a terminal, which has no room for all columns."""
         from rich import box
         from rich.table import Table
 
-        table = Table(title=f"{self.setup.model}, prompts: {self.prompts}", box=box.SIMPLE)
-        shown = [column for column in self.columns() if column.title.startswith(BRIEF)]
-        for column in shown:
-            left = column is shown[0]
-            table.add_column(column.title, justify="left" if left else "right", no_wrap=left)
-        for cells in zip(*(column.cells for column in shown), strict=True):
-            table.add_row(*cells)
-        return table
+        whole = self.tables
+        shown = [i for i, title in enumerate(whole[0].columns) if title.startswith(BRIEF)]
+        page = Table(title=f"{self.setup.model}, prompts: {self.prompts}", box=box.SIMPLE)
+        for i in shown:
+            page.add_column(whole[0].columns[i], justify="right" if i else "left", no_wrap=not i)
+        for part in whole:
+            for row in part.rows:
+                page.add_row(*(f"[bold]{row[i].text}[/]" if row[i].best else row[i].text for i in shown))
+            page.add_section()
+        return page
 
     def markdown(self) -> str:
-        """Return the table as Markdown, with the setup and the notes below."""
-        columns = self.columns()
-        lines = [" | ".join(column.title for column in columns), "|".join(["---", *["---:"] * (len(columns) - 1)])]
-        lines += [" | ".join(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
+        """Return all tables as Markdown, with the setup and the notes below."""
         said = [self.described, *self.notes, *self.failures]
-        return "\n".join([*(f"| {line} |" for line in lines), "", *(f"* {line}" for line in said), ""])
+        parts = [table.markdown() for table in self.shown]
+        return "\n\n".join([*parts, "\n".join(f"* {line}" for line in said)]) + "\n"
 
     @property
     def prompts(self) -> int:
@@ -135,19 +113,6 @@ class Summary:
             "notes": list(self.notes),
         }
 
-    def _column(self, title: str, cells: Sequence[str]) -> Column:
-        return Column(title, tuple(cells))
-
-    def _figure(self, name: str) -> tuple[str, list[str]]:
-        title, digits = TITLES[name]
-        cells = [_interval(line.figures.get(name), digits) for line in self.lines]
-        if name == "psnr":
-            cells = ["equal" if line.equal else cell for line, cell in zip(self.lines, cells, strict=True)]
-        return title, cells
-
-    def _modelled(self, model: Model) -> list[str]:
-        return [_number(line.modelled.get(model.name), 1) for line in self.lines]
-
 
 def write_report(summary: Summary, output: Path) -> None:
     """Write the HTML file; one that is there already is replaced as a whole."""
@@ -172,7 +137,7 @@ def html(summary: Summary) -> str:
     maps = [(row.candidate, _uri(plots.map_plot(row.map), "svg+xml")) for row in first if row.map is not None]
     return template.render(
         summary=summary,
-        columns=summary.columns(),
+        tables=summary.shown,
         figures=_figures(summary),
         galleries=_galleries(summary),
         maps=maps,
@@ -197,15 +162,24 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
             for model in summary.models
         ),
         ("Attention mass kept", plots.recall_plot(lines)),
-        ("Output error by layer", plots.error_plot(summary.rows)),
+        *(
+            (f"Output error by layer{at}", plots.error_plot([row for row in summary.rows if row.asked == asked]))
+            for asked, at in _asked(summary.rows)
+        ),
     ]
     return [(caption, _uri(drawn, "svg+xml")) for caption, drawn in found if drawn is not None]
 
 
+def _asked(rows: Sequence[Row]) -> list[tuple[float | None, str]]:
+    """Return the densities asked for and how a caption names them, largest first, then what asks for none."""
+    asked = sorted({row.asked for row in rows if row.asked is not None}, reverse=True)
+    return [*((d, f", density {d:g}") for d in asked), (None, ", rules that take no density")]
+
+
 def _galleries(summary: Summary) -> list[dict[str, Any]]:
-    """Return for each prompt and seed the reference and beside it what each candidate made, with its difference."""
+    """Return for the first prompts and seeds the reference, and what each candidate made with its difference."""
     out = []
-    for row in (row for row in summary.rows if row.family == "reference"):
+    for row in [row for row in summary.rows if row.family == "reference"][:GALLERIES]:
         reference = open_media(summary.path, row)
         if reference is None:
             continue
@@ -240,19 +214,3 @@ def _uri(data: bytes, kind: str) -> str:
 
 def _first_of_each(rows: Sequence[Row]) -> list[Row]:
     return list({row.candidate: row for row in reversed(rows) if row.error is None}.values())[::-1]
-
-
-def _interval(value: Interval | None, digits: int) -> str:
-    if value is None:
-        return ""
-    if value.low is None or value.high is None:
-        return f"{value.mean:.{digits}f}"
-    return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _mib(value: int | None) -> float | None:
-    return None if value is None else value / (1 << 20)

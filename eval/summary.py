@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from dit_accel.sparsity.planner import first_sparse
+
 from .modelled import Model
-from .store import Family, Row
+from .store import Family, Row, Setup
 
 FIGURES = ("psnr", "ssim", "ms_ssim", "flip", "temporal_error", "vmaf")
 LOWER_IS_BETTER = ("flip", "temporal_error")
@@ -31,6 +33,7 @@ class Standing:
 
     The oracle has no time: it computes the attention it is to save.
     `psnr` is over the pictures that differ from the reference at all, absent where none does (`equal` is then true).
+    `spent`: computed over possible pairs in all calls that may run sparse, also those that ran in full all the same.
     """
 
     candidate: str
@@ -42,6 +45,7 @@ class Standing:
     seconds: Interval | None = None
     density: float | None = None
     overall_density: float | None = None
+    spent: float | None = None
     steps: int | None = None
     peak_bytes: int | None = None
     recall: float | None = None
@@ -55,14 +59,42 @@ class Standing:
         return asdict(self)
 
 
-def standings(rows: Sequence[Row], models: Sequence[Model] = ()) -> list[Standing]:
+def standings(rows: Sequence[Row], models: Sequence[Model] = (), setup: Setup | None = None) -> list[Standing]:
     """Return one line a candidate: the reference, then families in the order they came, best PSNR first in each."""
+    lines = [_standing(group, models, setup) for group in by_candidate(rows).values()]
+    families = list(dict.fromkeys(line.family for line in lines))
+    return sorted(lines, key=lambda line: (families.index(line.family), -rank(line)))
+
+
+def by_candidate(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each candidate, in the order they came."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.candidate, []).append(row)
-    lines = [_standing(group, models) for group in groups.values()]
-    families = list(dict.fromkeys(line.family for line in lines))
-    return sorted(lines, key=lambda line: (families.index(line.family), -_psnr(line)))
+    return groups
+
+
+def spent(row: Row, setup: Setup) -> float | None:
+    """Return computed over possible pairs in all calls of a row that may run sparse; None where no map was made."""
+    if row.map is None:
+        return None
+    first = first_sparse(len(row.map.density), setup.dense_steps)
+    return _mean([density for step in row.map.density[first:] for density in step[setup.dense_layers :]])
+
+
+def paired(ours: Sequence[Row], theirs: Sequence[Row], figure: str = "psnr") -> Interval | None:
+    """Return by how much one candidate's figure is above another's: the mean over the prompts that both have.
+
+    Pictures of one prompt and seed are compared with each other, so what makes a prompt hard cancels out. None where
+    they share no prompt with a finite figure.
+    """
+    other = {(row.prompt, row.seed): row for row in theirs}
+    apart: dict[str, list[float]] = {}
+    for row in ours:
+        a, b = (getattr(one.figures, figure, None) if one else None for one in (row, other.get((row.prompt, row.seed))))
+        if a is not None and b is not None:
+            apart.setdefault(row.prompt, []).append(a - b)
+    return bootstrap([float(np.mean(values)) for values in apart.values()]) if apart else None
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
@@ -85,7 +117,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _standing(rows: Sequence[Row], models: Sequence[Model]) -> Standing:
+def _standing(rows: Sequence[Row], models: Sequence[Model], setup: Setup | None) -> Standing:
     good = [row for row in rows if row.error is None]
     figures = {
         name: interval
@@ -104,6 +136,7 @@ def _standing(rows: Sequence[Row], models: Sequence[Model]) -> Standing:
         seconds=_over_prompts(good, lambda row: row.seconds if row.family != "oracle" else None),
         density=_mean([row.density for row in good]),
         overall_density=_mean([row.overall_density for row in good]),
+        spent=None if setup is None else _mean([spent(row, setup) for row in good]),
         steps=next((row.steps for row in good), None),
         peak_bytes=max((row.peak_bytes for row in good if row.peak_bytes is not None), default=None),
         recall=_mean([sample.recall for sample in samples]),
@@ -134,5 +167,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _psnr(line: Standing) -> float:
+def rank(line: Standing) -> float:
+    """Return what candidates are sorted by: PSNR, infinite where every picture equals the reference."""
     return line.figures["psnr"].mean if "psnr" in line.figures else float("inf") if line.equal else float("-inf")

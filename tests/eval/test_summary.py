@@ -13,7 +13,8 @@ from dit_accel.errors import ConfigError
 from dit_accel.eval.modelled import models
 from dit_accel.eval.report import Summary, html
 from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store
-from dit_accel.eval.summary import bootstrap, pareto, standings
+from dit_accel.eval.summary import bootstrap, paired, pareto, spent, standings
+from dit_accel.eval.tables import Cell, tables, winners
 
 
 def row(candidate: str, family: Any, psnr: float | None, prompt: str = "a", seed: int = 0, **more: Any) -> Row:
@@ -107,3 +108,99 @@ def test_the_page_shows_each_time_axis_alone_and_escapes(tmp_path: Path) -> None
     assert "Quality over modelled time: big on GPU" in page
     assert "<th>modelled s (big, GPU)</th>" in page
     assert "no modelled times" not in page
+
+
+SETUP = Setup(
+    model="m", settings={"steps": 4}, dtype="float32", device="cpu, 1 threads", dense_steps=0.25, dense_layers=1,
+    versions={},
+)  # fmt: skip
+PROMPTS = ("a", "b", "c", "d")
+
+
+def candidate(name: str, psnr: list[float | None], asked: float | None = 0.3, **more: Any) -> list[Row]:
+    family = more.pop("family", "recipe")
+    return [row(name, family, p, prompt, asked=asked, **more) for p, prompt in zip(psnr, PROMPTS, strict=False)]
+
+
+def dense_at(*shares: float) -> DensityMap:
+    """Return the map of four steps and two sites: all dense, but the second site from the second step on."""
+    return DensityMap(sites=("p", "q"), density=((1, 1), *((1.0, share) for share in shares)))
+
+
+def ranked(rows: list[Row]) -> list[Any]:
+    return tables(standings(rows, (), SETUP), rows, SETUP, ())
+
+
+def test_spent_counts_the_calls_that_may_run_sparse() -> None:
+    assert spent(row("x", "recipe", 20, map=dense_at(0.2, 1.0, 0.3)), SETUP) == pytest.approx(0.5)
+    assert spent(row("x", "recipe", 20), SETUP) is None
+
+
+def test_the_paired_difference_is_over_prompts_that_both_have() -> None:
+    ours, theirs = candidate("x", [20, 31, None, 40]), candidate("y", [19, 29, 10])
+    apart = paired(ours, theirs)
+    assert apart is not None
+    assert (apart.mean, apart.low, apart.high) == (pytest.approx(1.5), 1, 2)
+    assert paired(ours[:1], theirs[1:]) is None
+
+
+def test_a_table_for_each_density_best_first_and_the_others_apart() -> None:
+    rows = [
+        row("reference", "reference", None),
+        *candidate("low@0.3", [20, 20]),
+        *candidate("high@0.3", [30, 31]),
+        *candidate("high@0.5", [40], asked=0.5),
+        *candidate("fixed", [25], asked=None),
+        *candidate("oracle@0.3", [28], family="oracle"),
+        *candidate("steps-3", [45], asked=None, family="steps"),
+        *candidate("floor", [None], asked=None, family="floor"),
+    ]
+    found = {table.title: [line[0].text for line in table.rows] for table in ranked(rows)}
+    assert found == {
+        "Reference": ["reference"],
+        "Density 0.5": ["high@0.5"],
+        "Density 0.3": ["high@0.3", "low@0.3"],
+        "Rules that take no density": ["fixed"],
+        "Oracle": ["oracle@0.3"],
+        "Fewer steps": ["steps-3"],
+        "Noise floors": ["floor"],
+    }
+    best = winners(standings(rows, (), SETUP))
+    assert [[cell.text for cell in line] for line in best.rows] == [
+        ["Density 0.5", "high@0.5", "40.00", "", ""],
+        ["Density 0.3", "high@0.3", "30.50 (30.00 to 31.00)", "", "28.00"],
+    ]
+
+
+def test_what_computes_more_than_asked_is_not_the_best_and_what_is_alike_is_marked() -> None:
+    rows = [
+        *candidate("greedy@0.3", [40, 40, 40, 40], map=dense_at(0.4, 0.4, 0.4)),
+        *candidate("best@0.3", [30, 34, 32, 36], map=dense_at(0.3, 0.36, 0.4)),
+        *candidate("close@0.3", [31, 33, 32, 35], map=dense_at(0.3, 0.3, 0.3)),
+        *candidate("far@0.3", [20, 24, 22, 26], map=dense_at(0.3, 0.3, 0.3)),
+    ]
+    (table,) = ranked(rows)
+    psnr, spent_at = table.columns.index("PSNR dB"), table.columns.index("spent")
+    assert [line[spent_at].text for line in table.rows] == ["0.400 †", "0.353", "0.300", "0.300"]
+    assert [line[psnr].best for line in table.rows] == [False, True, False, False]
+    assert [line[psnr].text.endswith("≈") for line in table.rows] == [False, False, True, False]
+    assert [note[0] for note in table.notes] == ["†", "≈"]
+    text = table.trimmed.markdown()
+    assert "| greedy@0.3 | 0.400 † |" in text
+    assert "| **33.00 (31.00 to 35.00)** |" in text
+    assert "MS-SSIM" not in text  # nothing stands there
+    assert winners(standings(rows, (), SETUP)).rows[0][1] == Cell("best@0.3")
+
+
+def test_of_figures_where_less_is_better_the_least_is_marked() -> None:
+    flips = {"a@0.3": 0.2, "b@0.3": 0.1}
+    rows = [
+        Row(candidate=name, family="recipe", definition={}, prompt="a", seed=0, asked=0.3, seconds=flip * 10,
+            figures=Figures(psnr=20, ssim=0.9, flip=flip))
+        for name, flip in flips.items()
+    ]  # fmt: skip
+    (table,) = ranked(rows)
+    for title in ("FLIP", f"seconds ({SETUP.device})"):
+        at = table.columns.index(title)
+        assert [line[at].best for line in table.rows if line[0].text == "b@0.3"] == [True]
+        assert [line[at].best for line in table.rows if line[0].text == "a@0.3"] == [False]
