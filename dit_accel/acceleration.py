@@ -123,7 +123,8 @@ class Acceleration:
     def report(self) -> Report:
         """Return what was done in the last run."""
         blocked = {name: why for attachment in self._attachments for name, why in attachment.blocked.items()}
-        return self._engine.ledger.report(blocked, self._engine.nbytes, self._engine.text_kv.notes())
+        notes = [*self._engine.text_kv.notes(), *([] if self.recipe.total is None else [self.recipe.mixture_note])]
+        return self._engine.ledger.report(blocked, self._engine.nbytes, notes)
 
     def __enter__(self) -> Acceleration:
         return self

@@ -146,13 +146,11 @@ def default_names() -> list[str]:
 
 def _sparse(name: str, density: float, dense_steps: float, dense_layers: int) -> Candidate:
     family: Family = "oracle" if name == ORACLE else "recipe"
-    base = resolve(ORACLE_BLOCKS if family == "oracle" else name)
+    named = ORACLE_BLOCKS if family == "oracle" else name
+    base = resolve(named)
+    asked = None if base.density is None and _takes_no_density(base) else density
     same = {"dense_steps": dense_steps, "dense_layers": dense_layers, "adaptive": False}
-    asked: float | None = density
-    if base.density is None and _takes_no_density(base):
-        asked, recipe = None, base.override(**same)
-    else:
-        recipe = base.override(density=density, **same)
+    recipe = resolve(named, density=asked).override(**same)
     label = ORACLE if family == "oracle" else base.name
     shown = label if asked is None else f"{label}@{asked:g}"
     return Sparse(shown, family, recipe.model_dump(mode="json"), asked, recipe)

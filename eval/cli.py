@@ -13,6 +13,8 @@ from dit_accel.pipelines.cli import app, main, print_json
 from dit_accel.pipelines.options import Debug, Json
 from dit_accel.pipelines.screen import screen
 
+GROUPS, WINDOWS = 8, 3  # of `choose`
+
 
 @app.command(name="eval")
 def evaluate(
@@ -84,6 +86,53 @@ def evaluate(
         print_json({"report": str(output), **summary.to_dict()})
     screen(stderr=as_json).print(summary.table())
     print(f"{output}: {len(summary.rows)} rows from {summary.path}", file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def choose(
+    rows: Annotated[Path, typer.Argument(help="Rows that eval wrote, a .jsonl file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mixtures, a .json or .yaml file.")],
+    density: Annotated[list[float] | None, typer.Option(help="Repeatable; those of the rows, if none.")] = None,
+    name: Annotated[str, typer.Option(help="What the mixture is called.")] = "auto",
+    groups: Annotated[int, typer.Option(min=1, help="Parts of the model that choose for themselves.")] = GROUPS,
+    windows: Annotated[int, typer.Option(min=1, help="Parts of the run that choose for themselves.")] = WINDOWS,
+    force: options.Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Choose mixtures of recipes from the rows of a study: least error within each density."""
+    from dit_accel.config import write_file
+
+    from .choose import Chosen, check_target
+
+    check_target(output, force)
+    chosen = Chosen.of(rows, density or [], name, groups, windows)
+    write_file(chosen.mixtures, output)
+    if as_json:
+        print_json({"output": str(output), **chosen.to_dict()})
+    screen(stderr=as_json).print(chosen.table())
+    print(output, file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def judge(
+    mixture: Annotated[Path, typer.Argument(help="What choose wrote.")],
+    rows: Annotated[Path, typer.Argument(help="Rows of eval with that mixture and single recipes, a .jsonl file.")],
+    markdown: Annotated[Path | None, typer.Option(help="Also write the verdicts as Markdown.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say by how much a mixture beats the best single recipe at each density, or that it doesn't."""
+    from dit_accel.config import Mixtures, build, read_file
+
+    from .judge import judge as hold
+
+    found = hold(build(Mixtures, read_file(mixture), str(mixture)), rows)
+    if markdown is not None:
+        markdown.write_text(found.markdown(), encoding="utf-8")
+    if as_json:
+        print_json(found.to_dict())
+    screen(stderr=as_json).print(found.table())
 
 
 if __name__ == "__main__":

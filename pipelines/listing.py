@@ -27,11 +27,12 @@ def recipe_rows() -> list[dict[str, Any]]:
 def recipe_row(recipe: Recipe) -> dict[str, Any]:
     """Describe one recipe by its axes."""
     options = recipe.heads.options if recipe.heads else ()
+    mixed = "" if recipe.total is None else " | ".join(dict.fromkeys(case.name or "" for case in recipe.cases))
     return {
         "name": recipe.name,
-        "order": " | ".join(option.order.brief for option in options) or recipe.order.brief,
+        "order": "by depth and step" if mixed else " | ".join(o.order.brief for o in options) or recipe.order.brief,
         "score": "sampled rows" if options else "" if recipe.select.geometric else recipe.score.brief,
-        "select": " | ".join(option.select.brief for option in options) or recipe.select.brief,
+        "select": mixed or " | ".join(o.select.brief for o in options) or recipe.select.brief,
         "correct": recipe.correct.brief if recipe.correct else "",
         "every": recipe.every,
         "dense_steps": recipe.dense_steps,

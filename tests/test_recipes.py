@@ -117,7 +117,7 @@ def test_text_is_never_dropped(name: str, layout: TokenLayout) -> None:
     assert mask[..., :, text].all()
 
 
-@pytest.mark.parametrize("name", dit_accel.recipes())
+@pytest.mark.parametrize("name", [name for name, recipe in dit_accel.recipes().items() if recipe.total is None])
 @pytest.mark.parametrize("density", [0.5, 0.3])
 def test_reported_density_is_the_asked_one(name: str, density: float) -> None:
     layout = TokenLayout(grid=(1, 40, 40), text=16)

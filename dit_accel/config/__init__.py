@@ -5,6 +5,7 @@ from .check import build
 from .correct import CentroidCorrect, Correct, DeltaCorrect, MassCorrect, ResidualCorrect
 from .files import read_file, write_file
 from .heads import HeadChoice, Option
+from .mixture import Choice, Mixtures
 from .order import (
     Axes,
     AxesOrder,
@@ -17,7 +18,7 @@ from .order import (
     StaticOrder,
     TileOrder,
 )
-from .recipe import AXES, Case, Recipe
+from .recipe import AXES, MAPPED, Case, Recipe
 from .score import (
     AntidiagonalScore,
     ChannelScore,
@@ -49,6 +50,7 @@ from .select import (
 
 __all__ = [
     "AXES",
+    "MAPPED",
     "AllSelect",
     "AntidiagonalScore",
     "Axes",
@@ -57,6 +59,7 @@ __all__ = [
     "Case",
     "CentroidCorrect",
     "ChannelScore",
+    "Choice",
     "ColumnSelect",
     "Config",
     "Correct",
@@ -74,6 +77,7 @@ __all__ = [
     "LinesSelect",
     "MassCorrect",
     "MassScore",
+    "Mixtures",
     "NeighborhoodSelect",
     "NoneSelect",
     "Option",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
+from .mixture import Mixtures
 from .recipe import Recipe
 
 
@@ -28,8 +29,13 @@ def read_file(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_file(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML, or as JSON where the name ends so."""
-    data = json.loads(recipe.model_dump_json())
-    text = json.dumps(data, indent=2) if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+def write_file(recipe: Recipe | Mixtures, path: Path) -> None:
+    """Write a recipe or mixtures as YAML, or as JSON where the name ends so; what is None by default is left out."""
+    data = json.loads(recipe.model_dump_json(exclude_none=True))
+    text = json.dumps(data, indent=1) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+    half = path.with_name(f".{path.name}.part")
+    try:
+        half.write_text(text, encoding="utf-8")
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)

@@ -124,6 +124,11 @@ class Recipe(Config, frozen=True):
         return self.total or (self.select.asked if self.heads is None else self.heads.asked)
 
     @property
+    def mixture_note(self) -> str:
+        """What the asked density of a mixture is a share of."""
+        return f"{self.name} mixes recipes: density {self.total} is asked of all calls after the dense steps together"
+
+    @property
     def content_driven(self) -> bool:
         """Whether the decision depends on the queries and keys."""
         chosen = isinstance(self.order, ImportanceOrder | KMeansOrder)
@@ -179,7 +184,7 @@ class Recipe(Config, frozen=True):
 
     def _scaled(self, density: Any) -> dict[str, Any]:
         """Ask everything that names a density for as much more or less as `density` is than the total."""
-        factor = build(_Asked, {"density": density}, f"recipe {self.name!r}").density / (self.total or 1.0)
+        factor = asked_density(density, f"recipe {self.name!r}") / (self.total or 1.0)
 
         def scaled(part: Recipe | Case) -> dict[str, Any]:
             out = part.model_dump()
@@ -205,6 +210,11 @@ class Recipe(Config, frozen=True):
 
 class _Asked(Config, frozen=True):
     density: Density
+
+
+def asked_density(value: Any, where: str) -> float:
+    """Return a density as a number; raise ConfigError where it is none, or out of range."""
+    return build(_Asked, {"density": value}, where).density
 
 
 def _choice_with_density(choice: HeadChoice, density: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe, build, read_file
+from ..config import Mixtures, Recipe, build, read_file
 from ..errors import ConfigError, nearest
+from .mixtures import auto
 from .table import PRESETS, RECIPES
 
 ALIASES = {"grat": "grat-x", "svg": "svg2", "vdit": "sparse-vdit"}
@@ -16,18 +17,20 @@ ALIASES = {"grat": "grat-x", "svg": "svg2", "vdit": "sparse-vdit"}
 def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Recipe:
     """Turn a name, a YAML/JSON file, a mapping or a Recipe, plus overrides, into a validated Recipe.
 
-    A mapping or file may name a `base` recipe and then only the settings that differ. Overrides of None are
-    left out. A density asked for is carried out: it takes a preset its right to go dense. Raises ConfigError.
+    A mapping or file may name a `base` recipe and then only the settings that differ, or hold mixtures, of which the
+    one for the density is taken. Overrides of None are left out. A density asked for is carried out: it takes a preset
+    its right to go dense. Raises ConfigError.
     """
     changes = {key: value for key, value in overrides.items() if value is not None}
+    found = _single(_base(recipe), changes)
     if not changes:
-        return _base(recipe)
+        return found
     if "density" in changes:
         changes.setdefault("adaptive", False)
-    return _base(recipe).override(**changes)
+    return found.override(**changes)
 
 
-def _base(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+def _base(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe | Mixtures:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml", ".json"))):
@@ -38,13 +41,20 @@ def _base(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         raise ConfigError(f"recipe: expected a name, a file, a mapping or a Recipe, got {type(recipe).__name__}.")
     known = {**RECIPES, **PRESETS}
     name = ALIASES.get(recipe, recipe)
+    if name == auto().name:
+        return auto()
     if name not in known:
         raise ConfigError(f"recipe: no recipe is called {recipe!r}.{nearest(recipe, [*known, *ALIASES])}")
     return known[name]
 
 
-def _from_mapping(data: dict[str, Any], where: str) -> Recipe:
+def _single(found: Recipe | Mixtures, changes: dict[str, Any]) -> Recipe:
+    """Take from mixtures the one for the asked density, which is then no change any more."""
+    return found if isinstance(found, Recipe) else found.at(changes.pop("density", None))
+
+
+def _from_mapping(data: dict[str, Any], where: str) -> Recipe | Mixtures:
     base = data.pop("base", None)
-    if base is None:
-        return build(Recipe, data, where)
-    return _base(base).override(**data)
+    if base is not None:
+        return _single(_base(base), data).override(**data)
+    return build(Mixtures if "recipes" in data else Recipe, data, where)

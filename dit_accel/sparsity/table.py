@@ -44,6 +44,7 @@ from ..config import (
     TopPSelect,
     WithinSelect,
 )
+from .mixtures import auto
 
 GRAT = "GRAT: Grouping First, Attending Smartly, Ren et al. 2025, arXiv 2505.14687"
 DRAFT = "DraftAttention, Shen et al. 2025, arXiv 2505.14708"
@@ -303,7 +304,14 @@ CORRECTED = _by_name(
     ),
 )
 
-RECIPES: dict[str, Recipe] = {**BY_PLACE, **BY_CONTENT, **BY_HEAD, **BY_CLUSTER, **CORRECTED}
+RECIPES: dict[str, Recipe] = {
+    **BY_PLACE,
+    **BY_CONTENT,
+    **BY_HEAD,
+    **BY_CLUSTER,
+    **CORRECTED,
+    auto().name: auto().at(),
+}
 
 _PRESET = {"order": DRAFT_TILES, "score": PooledScore(), "adaptive": True, "sources": (DRAFT,)}
 PRESETS = _by_name(

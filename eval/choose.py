@@ -1,0 +1,171 @@
+"""`dit-accel choose`: from the rows of a study to mixtures of its recipes, one recipe with cases for each density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.config import MAPPED, AllSelect, Case, Choice, Mixtures, Recipe
+from dit_accel.errors import ConfigError
+
+from .cells import Mixed, Option, Span, cells_of, cheapest, knapsack
+from .store import Row, Setup, load
+from .summary import by_candidate, standings
+from .tables import best_of
+
+if TYPE_CHECKING:
+    import rich.table
+
+SUFFIXES = (".json", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Mixtures, and the picks that each was written from."""
+
+    mixtures: Mixtures
+    picks: tuple[Mixed, ...]
+
+    @classmethod
+    def of(cls, rows: Path, densities: Sequence[float], name: str, groups: int, windows: int) -> Chosen:
+        """Choose from a study's rows for some densities; if none is named, for all asked there that can be met.
+
+        Raises ConfigError where the rows hold nothing to choose from, or nothing cheap enough.
+        """
+        setup, found = load(rows)
+        usable = {name: group for name, group in by_candidate(found).items() if _is_usable(group)}
+        if not usable:
+            raise ConfigError(f"{rows}: no recipe with a density was looked into, so there is nothing to choose from.")
+        lines = standings([row for group in usable.values() for row in group], (), setup)
+        asked = {line.asked for line in lines if line.asked is not None}
+        cells = cells_of(usable, setup, groups, windows)
+        wanted = sorted(set(densities) or {density for density in asked if density >= cheapest(cells)}, reverse=True)
+        picks = tuple(knapsack(cells, density) for density in wanted)
+        singles = [best_of([line for line in lines if line.asked == density]) for density in wanted]
+        choice = Choice(
+            model=setup.model,
+            described=_described(setup),
+            prompts=tuple(dict.fromkeys(row.prompt for group in usable.values() for row in group)),
+            candidates=tuple(usable),
+            best=tuple(line.candidate for line in singles if line is not None),
+        )
+        recipes = tuple(as_recipe(mixed, d, name, choice) for mixed, d in zip(picks, wanted, strict=True))
+        return cls(Mixtures(name=name, chosen=choice, recipes=recipes), picks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was chosen, without the settings of each recipe, as plain data."""
+        return {
+            "name": self.mixtures.name,
+            "chosen": self.mixtures.chosen.model_dump(mode="json"),
+            "mixtures": [
+                {
+                    "total": recipe.total,
+                    "expected": mixed.cost,
+                    "expected_error": mixed.loss**0.5,
+                    "parts": _parts(recipe),
+                }
+                for recipe, mixed in zip(self.mixtures.recipes, self.picks, strict=True)
+            ],
+        }
+
+    def table(self) -> rich.table.Table:
+        """Return what was chosen where, for a terminal."""
+        from rich import box
+        from rich.table import Table
+
+        page = Table(title=f"{self.mixtures.name}: chosen on {self.mixtures.chosen.model}", box=box.SIMPLE)
+        for title in ("density", "expected", "expected error", "depth", "steps", "choice"):
+            page.add_column(title, justify="right" if title.startswith("expected") else "left")
+        for recipe, mixed in zip(self.mixtures.recipes, self.picks, strict=True):
+            head = (f"{recipe.total:g}", f"{mixed.cost:.3f}", f"{mixed.loss**0.5:.3f}")
+            for i, part in enumerate(_parts(recipe)):
+                page.add_row(*(head if i == 0 else ("", "", "")), part["depth"], part["steps"], part["choice"])
+            page.add_section()
+        return page
+
+
+def as_recipe(mixed: Mixed, total: float, name: str, chosen: Choice) -> Recipe:
+    """Write picks as one recipe whose cases say which choice holds where; elsewhere everything is computed."""
+    cases = tuple(case for span, pick in _merged(mixed) for case in _cases(*span, pick))
+    parts = ", ".join(dict.fromkeys(pick.name.rpartition("@")[0] or pick.name for pick in mixed.picks))
+    source = f"mixture of {parts}, chosen on {chosen.model} ({chosen.described}; prompts: {len(chosen.prompts)})"
+    return Recipe(name=name, select=AllSelect(), cases=cases, total=total, sources=(source,))
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse a name that is no JSON or YAML file, and, unless forced, one that is taken. Raises ConfigError."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"output {path}: mixtures are a {' or '.join(SUFFIXES)} file.")
+    if path.exists() and not force:
+        raise ConfigError(f"output {path}: exists already; --force overwrites it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output {path}: the folder {path.parent} does not exist; make it first.")
+
+
+def _is_usable(rows: Sequence[Row]) -> bool:
+    """Say whether rows are of a single recipe at a density, and were looked into."""
+    first = rows[0]
+    single = first.family == "recipe" and first.asked is not None and first.definition.get("total") is None
+    return single and any(row.samples for row in rows) and any(row.map for row in rows)
+
+
+def _merged(mixed: Mixed) -> list[tuple[tuple[Span, Span], Option]]:
+    """Join cells of one choice: first windows that follow each other, then parts of the model that do."""
+    by_depth: dict[Span, list[tuple[Span, Option]]] = {}
+    for cell, pick in zip(mixed.cells, mixed.picks, strict=True):
+        runs = by_depth.setdefault(cell.depth, [])
+        if runs and runs[-1][1].name == pick.name:
+            runs[-1] = ((runs[-1][0][0], cell.steps[1]), pick)
+        else:
+            runs.append((cell.steps, pick))
+    joined: list[tuple[Span, list[tuple[Span, Option]]]] = []
+    for depth, runs in by_depth.items():
+        if joined and [(s, o.name) for s, o in joined[-1][1]] == [(s, o.name) for s, o in runs]:
+            joined[-1] = ((joined[-1][0][0], depth[1]), runs)
+        else:
+            joined.append((depth, runs))
+    return [((depth, steps), pick) for depth, runs in joined for steps, pick in runs]
+
+
+def _cases(depth: Span, steps: Span, pick: Option) -> list[Case]:
+    """Return the cases that put a choice in its place, with those that its recipe has of its own."""
+    if pick.recipe is None:
+        return [Case(name=pick.name, depth=depth, steps=steps, select=AllSelect())]
+    own = [_within(case, depth, steps, pick.name) for case in pick.recipe.cases]
+    whole = Case(name=pick.name, depth=depth, steps=steps, **_settings(pick.recipe))
+    return [whole, *(case for case in own if case is not None)]
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    if recipe.drift is not None:
+        raise ConfigError(f"recipe {recipe.name!r}: decides by drift, which a part of a mixture cannot.")
+    return {name: value for name in MAPPED if (value := getattr(recipe, name)) is not None}
+
+
+def _within(case: Case, depth: Span, steps: Span, name: str) -> Case | None:
+    """Return a recipe's own case where it and the cell overlap."""
+    spans = {"depth": _overlap(case.depth, depth), "steps": _overlap(case.steps, steps)}
+    if any(low >= high for low, high in spans.values()):
+        return None
+    return case.model_copy(update={**spans, "name": name})
+
+
+def _overlap(a: Span | None, b: Span) -> Span:
+    return b if a is None else (max(a[0], b[0]), min(a[1], b[1]))
+
+
+def _parts(recipe: Recipe) -> list[dict[str, str]]:
+    """Say in words which choice holds where, cases of one choice and place once."""
+    said = [(_percent(case.depth), _percent(case.steps), case.name or "") for case in recipe.cases]
+    return [{"depth": d, "steps": s, "choice": c} for d, s, c in dict.fromkeys(said)]
+
+
+def _percent(span: Span | None) -> str:
+    return "all" if span is None else f"{span[0]:.0%} to {span[1]:.0%}"
+
+
+def _described(setup: Setup) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in setup.settings.items() if value is not None)
+    return f"{settings}, first {setup.dense_steps:.0%} of the steps dense, {setup.dtype} on {setup.device}"
