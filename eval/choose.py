@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dit_accel.config import MAPPED, AllSelect, Case, Choice, Mixtures, Recipe
 from dit_accel.errors import ConfigError
 
-from .cells import Mixed, Option, Span, cells_of, cheapest, knapsack
+from .cells import Cell, Mixed, Option, Span, cells_of, cheapest, knapsack
 from .store import Row, Setup, load
-from .summary import by_candidate, standings
+from .summary import Standing, by_candidate, standings
 from .tables import best_of
 
 if TYPE_CHECKING:
@@ -23,10 +26,15 @@ SUFFIXES = (".json", ".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Mixtures, and the picks that each was written from."""
+    """Mixtures, the picks that each was written from, and whether what was minimised tells anything about pictures.
+
+    `agreement`: Spearman's rank correlation of loss and mean squared pixel error over the single candidates; None for
+    fewer than three.
+    """
 
     mixtures: Mixtures
     picks: tuple[Mixed, ...]
+    agreement: float | None
 
     @classmethod
     def of(cls, rows: Path, densities: Sequence[float], name: str, groups: int, windows: int) -> Chosen:
@@ -52,13 +60,14 @@ class Chosen:
             best=tuple(line.candidate for line in singles if line is not None),
         )
         recipes = tuple(as_recipe(mixed, d, name, choice) for mixed, d in zip(picks, wanted, strict=True))
-        return cls(Mixtures(name=name, chosen=choice, recipes=recipes), picks)
+        return cls(Mixtures(name=name, chosen=choice, recipes=recipes), picks, _agreement(cells, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was chosen, without the settings of each recipe, as plain data."""
         return {
             "name": self.mixtures.name,
             "chosen": self.mixtures.chosen.model_dump(mode="json"),
+            "agreement": self.agreement,
             "mixtures": [
                 {
                     "total": recipe.total,
@@ -75,7 +84,12 @@ class Chosen:
         from rich import box
         from rich.table import Table
 
-        page = Table(title=f"{self.mixtures.name}: chosen on {self.mixtures.chosen.model}", box=box.SIMPLE)
+        known = self.agreement is not None
+        said = (
+            f"error and picture rank the single candidates alike to {self.agreement:.3f} (Spearman)" if known else None
+        )
+        title = f"{self.mixtures.name}: chosen on {self.mixtures.chosen.model}"
+        page = Table(title=title, caption=said, box=box.SIMPLE)
         for title in ("density", "expected", "expected error", "depth", "steps", "choice"):
             page.add_column(title, justify="right" if title.startswith("expected") else "left")
         for recipe, mixed in zip(self.mixtures.recipes, self.picks, strict=True):
@@ -90,7 +104,7 @@ def as_recipe(mixed: Mixed, total: float, name: str, chosen: Choice) -> Recipe:
     """Write picks as one recipe whose cases say which choice holds where; elsewhere everything is computed."""
     cases = tuple(case for span, pick in _merged(mixed) for case in _cases(*span, pick))
     parts = ", ".join(dict.fromkeys(pick.name.rpartition("@")[0] or pick.name for pick in mixed.picks))
-    source = f"mixture of {parts}, chosen on {chosen.model} ({chosen.described}; prompts: {len(chosen.prompts)})"
+    source = f"mixture of {parts} ({chosen.described}, prompts: {len(chosen.prompts)}), chosen on {chosen.model}"
     return Recipe(name=name, select=AllSelect(), cases=cases, total=total, sources=(source,))
 
 
@@ -109,6 +123,23 @@ def _is_usable(rows: Sequence[Row]) -> bool:
     first = rows[0]
     single = first.family == "recipe" and first.asked is not None and first.definition.get("total") is None
     return single and any(row.samples for row in rows) and any(row.map for row in rows)
+
+
+def _agreement(cells: Sequence[Cell], lines: Sequence[Standing]) -> float | None:
+    """Return the rank correlation between what is minimised and how far pictures are from the reference."""
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    losses: dict[str, float] = {}
+    for cell in cells:
+        for option in cell.options:
+            losses[option.name] = losses.get(option.name, 0.0) + cell.share * option.loss
+    known = [line for line in lines if "psnr" in line.figures and line.candidate in losses]
+    if len(known) < 3:
+        return None
+    lost = torch.tensor([losses[line.candidate] for line in known])
+    unlike = torch.tensor([-line.figures["psnr"].mean for line in known])
+    ranked = float(spearman_corrcoef(lost, unlike))
+    return ranked if math.isfinite(ranked) else None
 
 
 def _merged(mixed: Mixed) -> list[tuple[tuple[Span, Span], Option]]:

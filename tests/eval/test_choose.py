@@ -124,7 +124,7 @@ def test_every_site_and_step_gets_its_pick_in_models_of_any_depth() -> None:
     ]
     mixture = as_recipe(Mixed(tuple(cells), tuple(options)), 0.3, "auto", CHOICE)
     assert mixture.density == 0.3
-    assert "mixture of draft, vmoba, dense, svg-ear, dfs, svg1, chosen on m" in mixture.sources[0]
+    assert "mixture of draft, vmoba, dense, svg-ear, dfs, svg1 (small, prompts: 1), chosen on m" in mixture.sources[0]
     assert len([case for case in mixture.cases if case.name == "draft@0.3"]) == 2  # two windows joined
     for sites in (4, 7, 30):
         for site in range(sites):
