@@ -102,17 +102,24 @@ def measure(call: AttentionCall, plan: Plan, out: torch.Tensor) -> Measured:
     pairs = (filled_q[..., :, None] * filled_k[..., None, :]).float().expand(b, h, -1, -1)
     sums = torch.zeros(3, b, h, dtype=torch.float64, device=call.q.device)
     mass, chosen = torch.zeros_like(pairs), torch.zeros_like(pairs)
+    by_block = whole_blocks(plan)
+    if by_block:
+        chosen += pairs * branch.block_mask(pairs.shape[-1])
     for i in range(b):
         for j in range(h):
             rows, cols = _one(q_block, i, j), _one(k_block, i, j)
             for queries, part in weights(_alone(call, i, j)):
                 here, there = rows[queries], part[0, 0]
-                mask = plan.rows(queries, i, j).to(there.device)
                 _add_blocks(mass[i, j], there, here, cols)
-                _add_blocks(chosen[i, j], mask.float(), here, cols)
+                if not by_block:
+                    mask = plan.rows(queries, i, j)
+                    _add_blocks(chosen[i, j], mask.float(), here, cols)
+                    sums[0, i, j] += (there * mask).sum()
                 true = there @ call.v[i, :, j].float()
                 wrong = out[i, queries, j].float() - true
-                sums[:, i, j] += torch.stack([(there * mask).sum(), wrong.square().sum(), true.square().sum()])
+                sums[1:, i, j] += torch.stack([wrong.square().sum(), true.square().sum()])
+    if by_block:
+        sums[0] = (mass * (chosen > 0)).double().sum((-1, -2))
     oracle = best_share(mass, pairs, chosen.double().sum((-1, -2)))
     kept, wrong, whole = sums.cpu()
     queries = call.q.shape[1]
