@@ -242,7 +242,7 @@ def test_what_cannot_be_judged_is_said(study: Any) -> None:
 def test_from_a_study_to_a_verdict(evaluate: Callable[..., Result], cli: Callable[..., Result], tmp_path: Path) -> None:
     """Choose on one prompt, run the mixture beside its parts on another, and be told how it stands."""
     page, chosen = tmp_path / "out.html", tmp_path / "mine.json"
-    few = ("--recipe", "draft", "--recipe", "svg1", "--density", 0.5, "--no-rivals", "--no-floors")
+    few = ("--recipe", "draft", "--recipe", "svg1", "--density", 0.5, "--no-rivals", "--no-floors", "--steps", 2)
     rows = page.with_suffix(".jsonl")
     assert evaluate(page, *few).exit_code == 0
     result = cli("choose", rows, "-o", chosen, "--name", "mine", "--groups", 2, "--windows", 1, "--json")
