@@ -252,3 +252,20 @@ def test_a_page_is_as_wide_as_its_widest_row() -> None:
     assert two.height == one.height + panels.LINE + panels.PANEL + panels.GAP
     assert two.getpixel((panels.GAP, panels.GAP // 2 + panels.LINE)) == (0, 0, 0)
     assert two.getpixel((two.width - 1, two.height - 1)) == panels.GROUND
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_can_be_looked_into(family: str) -> None:
+    """References, padding, sequences without text, two experts: the same run, and figures or a reason for each call."""
+    pipe, call = tiny.FAMILIES[family]()
+    with dit_accel.accelerate(pipe, small("draft")):
+        expected = tiny.generate(pipe, call)
+    with dit_accel.accelerate(pipe, small("draft")) as handle:
+        looks = [handle.explain(site.name, 1) for site in handle.sites]
+        made = tiny.generate(pipe, call)
+    assert torch.equal(made, expected)
+    seen = [one for look in looks if look._calls for one in look.calls]
+    assert any(one.maps is not None for one in seen)
+    for one in seen:
+        assert one.reason or bool(((one.recall > 0) & (one.recall <= one.best_recall + 1e-6)).all())
