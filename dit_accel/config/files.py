@@ -16,12 +16,12 @@ def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON mapping; raise ConfigError when it is missing, broken, too large or no mapping."""
     try:
         if path.stat().st_size > 1 << 20:
-            raise ConfigError(f"{path}: larger than 1 MiB, this is no recipe.")
+            raise ConfigError(f"{path}: larger than 1 MiB, too much for settings.")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is no valid {path.suffix[1:].upper()} ({str(error).splitlines()[0]}).") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}.")

@@ -103,7 +103,9 @@ def _box(
         return [window(extent[a], kernel[a], stride[a], select.dilation[a]) for a in range(3)]
 
     cells = (tiling.layout.length - tiling.layout.text) ** 2
-    kernel = select.kernel or fit_kernel(extent, share or 1.0, lambda k: _box_pairs(windows(k), places) / cells)
+    kernel = select.kernel or fit_kernel(
+        extent, share or 1.0, lambda k: _box_pairs(windows(k), places) / cells, select.along
+    )
     axes = windows(kernel)
     first, last, number = (np.stack([axes[a][i][coords[a]] for a in range(3)]) for i in range(3))
     radius = [int((axes[a][1] - axes[a][0])[0]) for a in range(3)]

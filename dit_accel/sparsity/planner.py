@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import DiskSelect, NeighborhoodSelect, Recipe, ResidualCorrect
+from ..config import DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
@@ -20,6 +20,7 @@ from .drift import Probe, look
 from .exact import exact_plan
 from .inputs import Inputs
 from .plan import PackedPlan, Plan, from_units
+from .profiled import Profiled
 from .state import state_bytes
 
 STATE_LIMIT = 8 << 30  # bytes of decisions kept between steps
@@ -38,6 +39,7 @@ class _Kept:
     warm: Centroids | None = None
     missing: Missing | None = None
     probe: Probe | None = None
+    window: int = 0  # of a profile: another one decides anew
 
     @property
     def nbytes(self) -> int:
@@ -62,11 +64,14 @@ class Planner:
     """Decide plans for one recipe and remember them within a run.
 
     Geometric plans depend on the layout alone and are shared by all sites. Content-driven plans are kept per
-    (site, guidance branch) as bitmaps, with one row a sample; a new run drops them all.
+    (site, guidance branch) as bitmaps, with one row a sample; a new run drops them all. With a `profile` heads follow
+    what a calibration found.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, profile: Profile | None = None) -> None:
         self.recipe = recipe
+        self._profiled = None if profile is None else Profiled(recipe, profile)
+        self._bare = recipe.model_copy(update={"search": None})  # it would be hashed at every call
         self._fixed: dict[tuple[Recipe, TokenLayout, torch.device], _Fixed] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._missing: dict[tuple[str, str], _Kept] = {}
@@ -107,6 +112,8 @@ class Planner:
             return "density 1 is dense"
         if here.select.kind == "all" and here.heads is None:
             return "the recipe computes every pair here"
+        if here.heads is not None and here.heads.full:
+            return "all heads compute everything here"
         return slower_reason(layout.length, here.density, x.device) if recipe.adaptive else ""
 
     def plan(self, call: AttentionCall) -> Plan:
@@ -118,8 +125,12 @@ class Planner:
         return self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
 
     def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
-        share = step.index / step.total if step.index is not None and step.total else 0.0
-        return self.recipe.at(site.index, site.count, share)
+        if self._profiled is not None:
+            return self._profiled.at(site, _share(step))
+        return self._bare.at(site.index, site.count, _share(step))
+
+    def _window(self, step: StepInfo) -> int:
+        return 0 if self._profiled is None else self._profiled.window(_share(step))
 
     # -- by place alone ---------------------------------------------------------------------------------------------
     def _geometric(self, recipe: Recipe, call: AttentionCall) -> Plan:
@@ -153,18 +164,19 @@ class Planner:
     def _corrected(self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: torch.Tensor) -> Plan:
         if not isinstance(recipe.correct, ResidualCorrect):
             return corrected(plan, recipe.correct, cut, mask, _inputs(call))
-        key, now = (call.site.name, call.step.branch), call.step.index or 0
+        key, now, window = (call.site.name, call.step.branch), call.step.index or 0, self._window(call.step)
         kept = self._missing.get(key)
         if (
             kept is None
             or not self._fits(kept, call)
             or kept.missing is None
             or now - kept.step >= recipe.correct.every
+            or kept.window != window
         ):
             self._make_room(recipe, call, kept)
             missing = Missing(now)
             shape = tuple(call.q.shape)
-            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing)
+            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing, window=window)
             return residual(plan, recipe.correct, cut, missing, measure=True)
         return residual(plan, recipe.correct, cut, kept.missing, measure=False)
 
@@ -175,6 +187,8 @@ class Planner:
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step
+        if kept.window != self._window(call.step):
+            return False
         if recipe.drift is not None:
             return True
         if recipe.decide_at:
@@ -190,7 +204,14 @@ class Planner:
             packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
         probe = None if recipe.drift is None else Probe(look(call.layout, call.q, call.k))
         self._kept[key] = _Kept(
-            call.step.index, call.layout, tuple(call.q.shape), call.q.device, packed, decision.warm, probe=probe
+            call.step.index,
+            call.layout,
+            tuple(call.q.shape),
+            call.q.device,
+            packed,
+            decision.warm,
+            probe=probe,
+            window=self._window(call.step),
         )
 
     def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:
@@ -202,6 +223,11 @@ class Planner:
                 f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB between steps; "
                 "use every=1, larger tiles, another correction or a smaller size."
             )
+
+
+def _share(step: StepInfo) -> float:
+    """Return how far the run has come, 0 where that is not known."""
+    return step.index / step.total if step.index is not None and step.total else 0.0
 
 
 def _followed(recipe: Recipe, kept: _Kept, probe: Probe, call: AttentionCall) -> _Kept:

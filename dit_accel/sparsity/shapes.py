@@ -87,15 +87,23 @@ def neighborhood(tiling: Tiling, select: NeighborhoodSelect, share: float | None
     if select.kernel is not None:
         return mask(select.kernel)
     tokens = sizes(tiling)
-    return mask(fit_kernel(counts, share or 1.0, lambda kernel: share_of(mask(kernel), tokens)))
+    return mask(fit_kernel(counts, share or 1.0, lambda kernel: share_of(mask(kernel), tokens), select.along))
 
 
-def fit_kernel(extent: tuple[int, ...], share: float, measure: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
-    """Choose the kernel, about the same share of every axis, whose measured share of pairs is nearest to `share`."""
-    axes = [axis for axis in range(3) if extent[axis] > 1]
+def fit_kernel(
+    extent: tuple[int, ...], share: float, measure: Callable[[tuple[int, ...]], float], along: str = ""
+) -> tuple[int, ...]:
+    """Choose the kernel whose measured share of pairs is nearest to `share`.
+
+    It is about the same share of every axis but those of `along` ("f", "h", "w"), which it spans whole.
+    """
+    axes = [axis for axis in range(3) if extent[axis] > 1 and "fhw"[axis] not in along]
     even = share ** (1 / max(len(axes), 1))
     around = []
     for axis in range(3):
+        if axis not in axes:
+            around.append([extent[axis]])
+            continue
         ideal = even * extent[axis]
         near = {int(np.floor(ideal)), int(np.ceil(ideal)), int(np.floor(ideal)) - 1, int(np.ceil(ideal)) + 1}
         around.append(sorted({min(max(n, 1), extent[axis]) for n in near}))
