@@ -52,8 +52,17 @@ def spend(losses: Numbers, costs: Numbers, room: float) -> npt.NDArray[np.int64]
 
     Each head starts at its cheapest pattern. Steps along the lower convex hulls of (cost, loss) are taken in order of
     loss saved per cost, which no other choice of the same total beats but for the last step; a step that does not fit
-    ends its head's way, and smaller ones go on. The cheapest patterns are taken even if they alone are above `room`.
+    ends its head's way, and smaller ones go on. Where few heads leave a gap, one pattern for all of them may be better,
+    and is then taken. The cheapest patterns are taken even if they alone are above `room`.
     """
+    heads = range(losses.shape[1])
+    best = _along_hulls(losses, costs, room)
+    fits = costs.sum(1) <= room + 1e-9
+    alike = np.where(fits, losses.sum(1), np.inf)
+    return np.full_like(best, alike.argmin()) if alike.min(initial=np.inf) < losses[best, heads].sum() else best
+
+
+def _along_hulls(losses: Numbers, costs: Numbers, room: float) -> npt.NDArray[np.int64]:
     heads = range(losses.shape[1])
     hulls = [_hull(losses[:, head], costs[:, head]) for head in heads]
     best = np.array([hull[0] for hull in hulls], dtype=np.int64)

@@ -37,7 +37,7 @@ class Calibration:
     """A context in which a model runs as stock and is watched; `profile()` says what was seen (docs/calibration.md).
 
     Args:
-        target: a pipeline or a transformer, as for `accelerate`; it must carry no acceleration.
+        target: a pipeline or a transformer, as for `accelerate`; `replace` restores an acceleration it carries.
         recipe: what is calibrated, as for `accelerate`, with `overrides`.
         rows: queries looked at in each attention call.
         windows: parts of the run that are settled apart; by default 4 where the paper settles each step, else 1.
@@ -55,6 +55,7 @@ class Calibration:
         rows: int = ROWS,
         windows: int | None = None,
         progress: Progress | None = None,
+        replace: bool = False,
         **overrides: Any,
     ) -> None:
         self.recipe = resolve(recipe, **overrides)
@@ -69,7 +70,7 @@ class Calibration:
         self._layouts: dict[str, None] = {}
         self._steps = 1
         neutral = Recipe(name=self.recipe.name, dense_steps=self.recipe.dense_steps)
-        self.handle = accelerate(target, neutral)
+        self.handle = accelerate(target, neutral, replace=replace)
         self.handle.planner = _Stock(neutral)
         self.handle.watchers = (self._watch,)
 
@@ -128,6 +129,7 @@ def calibrate(
     windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    replace: bool = False,
     **call: Any,
 ) -> Profile:
     """Run a pipeline as stock on each prompt, and return the profile that a recipe needs for it.
@@ -143,7 +145,8 @@ def calibrate(
         raise ConfigError(f"calibrate: expected a list of prompts, got {prompts!r}.")
     if "output_type" in inspect.signature(type(pipe).__call__).parameters:
         call.setdefault("output_type", "latent")  # nobody looks at the picture
-    with Calibration(pipe, recipe, rows=rows, windows=windows, progress=progress, **(overrides or {})) as calibration:
+    asked = {"rows": rows, "windows": windows, "progress": progress, "replace": replace}
+    with Calibration(pipe, recipe, **asked, **(overrides or {})) as calibration:
         for prompt in prompts:
             pipe(**{"generator": torch.Generator().manual_seed(seed), **call, "prompt": prompt})
         return calibration.profile(prompts)

@@ -30,7 +30,7 @@ class HeadChoice(Config, frozen=True):
     computes everything.
     """
 
-    options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=16, strict=False)]
+    options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=32, strict=False)]
     rows: Count = 64
     loss: Literal["output", "mass"] = "output"
     price: Annotated[float, Field(ge=0, strict=False)] = 0.0

@@ -148,23 +148,23 @@ class Recipe(Config, frozen=True):
         `density` also turns a rule of fixed size or mass into the same rule for as many pairs as the density allows.
         Raises ConfigError on unknown names and impossible values.
         """
-        data = self.model_dump()
+        data, asked = self.model_dump(), changes.pop("density", None)
         for key, value in changes.items():
             if key in data and key not in MAPPED:
                 data[key] = value
             elif key in MAPPED:
                 data[key] = value if not isinstance(value, Config) else value.model_dump()
-            elif key == "density":
-                data = self._with_density(data, value)
             else:
                 owner = next((axis for axis in AXES if key != "kind" and key in (data[axis] or {})), None)
                 if owner is None:
                     raise ConfigError(f"recipe {self.name!r}: unknown setting {key!r}.{nearest(key, self._settings())}")
                 data[owner] = {**data[owner], key: value}
-        return build(Recipe, data, f"recipe {self.name!r}")
+        made = build(Recipe, data, f"recipe {self.name!r}")
+        return made if asked is None else build(Recipe, made._with_density(asked), f"recipe {self.name!r}")
 
-    def _with_density(self, data: dict[str, Any], density: Any) -> dict[str, Any]:
+    def _with_density(self, density: Any) -> dict[str, Any]:
         """Ask the selection, and those of all options and cases, for a density."""
+        data = self.model_dump()
         out = {**data, "select": self.select.with_density(density)}
         for name, choice in (("heads", self.heads), ("search", self.search)):
             if choice is not None:

@@ -36,6 +36,11 @@ def unit_mask(tiling: Tiling, select: Select, share: float | None) -> Mask:
     return np.full((units, units), select.kind == "all")
 
 
+def wanted(share: float | None) -> float:
+    """Return the share of pairs asked of a rule, 1 if none is; 0 (text alone is above the density) is the least."""
+    return 1.0 if share is None else max(share, 1e-9)
+
+
 def sizes(tiling: Tiling) -> npt.NDArray[np.float64]:
     """Return the tokens of each grid unit, float64 [units]."""
     return tiling.tokens[tiling.grid].astype(np.float64)
@@ -87,7 +92,7 @@ def neighborhood(tiling: Tiling, select: NeighborhoodSelect, share: float | None
     if select.kernel is not None:
         return mask(select.kernel)
     tokens = sizes(tiling)
-    return mask(fit_kernel(counts, share or 1.0, lambda kernel: share_of(mask(kernel), tokens), select.along))
+    return mask(fit_kernel(counts, wanted(share), lambda kernel: share_of(mask(kernel), tokens), select.along))
 
 
 def fit_kernel(
@@ -127,7 +132,7 @@ def band(tiling: Tiling, share: float | None) -> Mask:
     tokens = sizes(tiling)
     middle = tokens.cumsum() - tokens / 2
     apart = np.abs(middle[:, None] - middle)
-    return apart <= _cut(apart, np.outer(tokens, tokens), share or 1.0)
+    return apart <= _cut(apart, np.outer(tokens, tokens), wanted(share))
 
 
 def _cut(apart: npt.NDArray[np.float64], cost: npt.NDArray[np.float64], share: float) -> float:
@@ -144,8 +149,8 @@ def columns(tiling: Tiling, share: float | None) -> Mask:
     One of the patterns of Sparse-vDiT, Chen et al. 2025, arXiv 2506.03065, which leaves the columns' choice open.
     """
     units = int(tiling.grid.sum())
-    wanted = min(max(round((share or 1.0) * units), 1), units)
-    picked = (np.arange(wanted) * units + units // 2) // wanted
+    count = min(max(round(wanted(share) * units), 1), units)
+    picked = (np.arange(count) * units + units // 2) // count
     mask = np.zeros((units, units), dtype=bool)
     mask[:, np.minimum(picked, units - 1)] = True
     return mask

@@ -114,7 +114,7 @@ BY_PLACE = _by_name(
         name="sta",
         order=STA_TILES,
         select=NeighborhoodSelect(kernel=(3, 3, 3), stride=(1, 1, 1), per="tile"),
-        search=HeadChoice(options=tuple(_windows(0.1, 0.3)), budget=0.2),
+        search=HeadChoice(options=tuple(_windows(0.1, 0.2, 0.4)), budget=0.2),
         sources=(STA,),
     ),
     Recipe(name="radial", order=AxesOrder(whole=True), select=RadialSelect(decay=0.95), sources=(RADIAL,)),
