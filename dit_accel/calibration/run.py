@@ -158,6 +158,8 @@ def check_calibrates(recipe: Recipe, rows: int = ROWS, windows: int | None = Non
         raise ConfigError(f"calibrate: rows and windows must be at least 1, got {rows} and {windows}.")
     if recipe.cases:
         raise ConfigError(f"recipe {recipe.name!r}: has cases; calibrate its parts as recipes of their own.")
+    if recipe.decide_layers:
+        raise ConfigError(f"recipe {recipe.name!r}: its layers share decisions, so none can have patterns of its own.")
     choice = recipe.heads or recipe.search
     if choice is not None and choice.given:
         raise ConfigError(f"recipe {recipe.name!r}: its heads are given already, there is nothing to calibrate.")

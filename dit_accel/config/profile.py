@@ -16,7 +16,7 @@ from .base import Config, Count, Share
 from .check import build
 from .files import read_file
 from .heads import HeadChoice
-from .recipe import MAPPED, Recipe
+from .recipe import CHOICES, Recipe
 
 FORMAT = 1
 
@@ -60,8 +60,8 @@ class Profile(Config, frozen=True):
             raise ValueError("a profile has either options or floors")
         if self.windows[0] != 0 or any(a >= b for a, b in pairwise(self.windows)):
             raise ValueError("windows begin at 0 and each after the one before")
-        if self.recipe.cases:
-            raise ValueError("a recipe with cases has no profile")
+        if self.recipe.cases or self.recipe.decide_layers:
+            raise ValueError("a recipe with cases or decide_layers has no profile")
         if self.options is not None and self.choice is None:
             raise ValueError("options need a recipe with heads or search")
         if self.floors is not None and not getattr(self.recipe.select, "least", 0):
@@ -111,7 +111,7 @@ class Profile(Config, frozen=True):
 
     def check_recipe(self, recipe: Recipe, where: str = "profile") -> None:
         """Raise ConfigError unless the axes of a recipe are those that the profile was made with."""
-        for name in (*MAPPED, "cases"):
+        for name in (*CHOICES, "cases", "decide_layers"):
             found = _difference(name, _plain(getattr(self.recipe, name)), _plain(getattr(recipe, name)))
             if found is not None:
                 path, there, here = found

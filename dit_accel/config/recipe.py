@@ -17,7 +17,7 @@ from .score import GeometryScore, Score
 from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
-MAPPED = (*AXES, "heads", "search")
+CHOICES = (*AXES, "heads", "search")
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
 
@@ -150,9 +150,9 @@ class Recipe(Config, frozen=True):
         """
         data, asked = self.model_dump(), changes.pop("density", None)
         for key, value in changes.items():
-            if key in data and key not in MAPPED:
+            if key in data and key not in CHOICES:
                 data[key] = value
-            elif key in MAPPED:
+            elif key in CHOICES:
                 data[key] = value if not isinstance(value, Config) else value.model_dump()
             else:
                 owner = next((axis for axis in AXES if key != "kind" and key in (data[axis] or {})), None)

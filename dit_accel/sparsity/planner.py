@@ -29,8 +29,9 @@ LAYOUT_LIMIT = 8  # geometric plans kept
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one site and branch remembers: its last decision, and where the next one may start."""
+    """What one site and branch remembers: its last decision, by which recipe, and where the next one may start."""
 
+    recipe: Recipe
     step: int
     layout: TokenLayout
     shape: tuple[int, ...]
@@ -39,7 +40,6 @@ class _Kept:
     warm: Centroids | None = None
     missing: Missing | None = None
     probe: Probe | None = None
-    window: int = 0  # of a profile: another one decides anew
 
     @property
     def nbytes(self) -> int:
@@ -70,8 +70,8 @@ class Planner:
 
     def __init__(self, recipe: Recipe, profile: Profile | None = None) -> None:
         self.recipe = recipe
-        self._profiled = None if profile is None else Profiled(recipe, profile)
         self._bare = recipe.model_copy(update={"search": None})  # it would be hashed at every call
+        self._profiled = None if profile is None else Profiled(self._bare, profile)
         self._fixed: dict[tuple[Recipe, TokenLayout, torch.device], _Fixed] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._missing: dict[tuple[str, str], _Kept] = {}
@@ -125,12 +125,10 @@ class Planner:
         return self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
 
     def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
+        share = step.index / step.total if step.index is not None and step.total else 0.0
         if self._profiled is not None:
-            return self._profiled.at(site, _share(step))
-        return self._bare.at(site.index, site.count, _share(step))
-
-    def _window(self, step: StepInfo) -> int:
-        return 0 if self._profiled is None else self._profiled.window(_share(step))
+            return self._profiled.at(site, share)
+        return self._bare.at(site.index, site.count, share)
 
     # -- by place alone ---------------------------------------------------------------------------------------------
     def _geometric(self, recipe: Recipe, call: AttentionCall) -> Plan:
@@ -146,7 +144,7 @@ class Planner:
     def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
         key = (_decider(recipe, call.site), call.step.branch)
         kept = self._kept.get(key)
-        if kept is not None and not self._fits(kept, call):
+        if kept is not None and not self._fits(recipe, kept, call):
             kept = None
         if kept is not None and kept.probe is not None:
             kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
@@ -164,31 +162,29 @@ class Planner:
     def _corrected(self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: torch.Tensor) -> Plan:
         if not isinstance(recipe.correct, ResidualCorrect):
             return corrected(plan, recipe.correct, cut, mask, _inputs(call))
-        key, now, window = (call.site.name, call.step.branch), call.step.index or 0, self._window(call.step)
+        key, now = (call.site.name, call.step.branch), call.step.index or 0
         kept = self._missing.get(key)
         if (
             kept is None
-            or not self._fits(kept, call)
+            or not self._fits(recipe, kept, call)
             or kept.missing is None
             or now - kept.step >= recipe.correct.every
-            or kept.window != window
         ):
             self._make_room(recipe, call, kept)
             missing = Missing(now)
             shape = tuple(call.q.shape)
-            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing, window=window)
+            self._missing[key] = _Kept(recipe, now, call.layout, shape, call.q.device, missing=missing)
             return residual(plan, recipe.correct, cut, missing, measure=True)
         return residual(plan, recipe.correct, cut, kept.missing, measure=False)
 
     # -- what is kept -----------------------------------------------------------------------------------------------
-    def _fits(self, kept: _Kept, call: AttentionCall) -> bool:
+    def _fits(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
+        """Say whether what is kept belongs to calls like this one, and to what is asked of it here and now."""
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
-        return same and (call.step.index is None or call.step.index >= kept.step)
+        return same and kept.recipe == recipe and (call.step.index is None or call.step.index >= kept.step)
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step
-        if kept.window != self._window(call.step):
-            return False
         if recipe.drift is not None:
             return True
         if recipe.decide_at:
@@ -203,15 +199,9 @@ class Planner:
         if recipe.reuses:
             packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
         probe = None if recipe.drift is None else Probe(look(call.layout, call.q, call.k))
+        shape = tuple(call.q.shape)
         self._kept[key] = _Kept(
-            call.step.index,
-            call.layout,
-            tuple(call.q.shape),
-            call.q.device,
-            packed,
-            decision.warm,
-            probe=probe,
-            window=self._window(call.step),
+            recipe, call.step.index, call.layout, shape, call.q.device, packed, decision.warm, probe=probe
         )
 
     def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:
@@ -223,11 +213,6 @@ class Planner:
                 f"recipe {self.recipe.name!r} would keep more than {STATE_LIMIT >> 30} GiB between steps; "
                 "use every=1, larger tiles, another correction or a smaller size."
             )
-
-
-def _share(step: StepInfo) -> float:
-    """Return how far the run has come, 0 where that is not known."""
-    return step.index / step.total if step.index is not None and step.total else 0.0
 
 
 def _followed(recipe: Recipe, kept: _Kept, probe: Probe, call: AttentionCall) -> _Kept:

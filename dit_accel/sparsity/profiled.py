@@ -14,7 +14,7 @@ class Profiled:
 
     def __init__(self, recipe: Recipe, profile: Profile) -> None:
         self.profile = profile
-        self._recipe = recipe.model_copy(update={"search": None})  # it would be hashed at every call
+        self._recipe = recipe
         self._found: dict[tuple[str, int], Recipe] = {}
 
     def window(self, share: float) -> int:
