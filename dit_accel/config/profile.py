@@ -16,7 +16,7 @@ from .base import Config, Count, Share
 from .check import build
 from .files import read_file
 from .heads import HeadChoice
-from .recipe import CHOICES, Recipe
+from .recipe import AXES, Recipe
 
 FORMAT = 1
 
@@ -111,7 +111,10 @@ class Profile(Config, frozen=True):
 
     def check_recipe(self, recipe: Recipe, where: str = "profile") -> None:
         """Raise ConfigError unless the axes of a recipe are those that the profile was made with."""
-        for name in (*CHOICES, "cases", "decide_layers"):
+        unasked = ("order", "score", "select") if self.recipe.heads and recipe.heads else ()
+        for name in ("heads", "search", *AXES, "cases", "decide_layers"):
+            if name in unasked:
+                continue
             found = _difference(name, _plain(getattr(self.recipe, name)), _plain(getattr(recipe, name)))
             if found is not None:
                 path, there, here = found
@@ -177,6 +180,7 @@ def _difference(path: str, there: Any, here: Any) -> tuple[str, Any, Any] | None
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return value.get("kind", "set")
-    return f"{len(value)} long" if isinstance(value, tuple) and len(value) > 4 else value
+    if value is None or isinstance(value, Mapping):
+        return value.get("kind", "set") if value else "not set"
+    long = isinstance(value, tuple) and (len(value) > 4 or any(isinstance(part, Mapping) for part in value))
+    return f"{len(value)} long" if long else value
