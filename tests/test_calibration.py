@@ -154,14 +154,18 @@ def of_svg1(layout: TokenLayout, exact: torch.Tensor) -> list[torch.Tensor]:
     return [spelled(layout, *pattern) for pattern in patterns(layout, grid_share(layout, 0.4))]
 
 
+VDIT = (0.2, 0.45, 0.8)  # densities far apart, so that the price matters
+
+
 def of_vdit(layout: TokenLayout, exact: torch.Tensor) -> list[torch.Tensor]:
-    raster, share = cut(on_grid(layout), 16), grid_share(layout, 0.3)
+    """Nothing, the spatial and the temporal band, evenly spaced columns."""
+    raster = cut(on_grid(layout), 16)
     n = len(raster)
+    spatial, temporal, share = (grid_share(layout, density) for density in VDIT)
     count = min(max(round(share * n), 1), n)
     columns = {(r, (i * n + n // 2) // count) for r in range(n) for i in range(count)}
-    full = torch.ones(layout.length, layout.length, dtype=torch.bool)
-    bands = [spelled(layout, *pattern) for pattern in patterns(layout, share)]
-    return [full, spelled(layout, raster, set()), *bands, spelled(layout, raster, columns)]
+    bands = [spelled(layout, *patterns(layout, spatial)[0]), spelled(layout, *patterns(layout, temporal)[1])]
+    return [spelled(layout, raster, set()), *bands, spelled(layout, raster, columns)]
 
 
 def of_moa(layout: TokenLayout, exact: torch.Tensor) -> list[torch.Tensor]:
@@ -253,18 +257,23 @@ def expect_best(scores: torch.Tensor, got: list[int]) -> None:
     assert len(got) == scores.shape[1]
 
 
-@pytest.mark.parametrize("limit", [1.0, 0.02])
-def test_sparse_vdit_by_price(limit: float) -> None:
-    """L = normalised MSE + 0.5 x density; all patterns over the limit: everything; of four heads none may skip."""
+@pytest.mark.parametrize(("price", "limit"), [(0.5, 1.0), (2.0, 1.0), (0.5, 0.05)])
+def test_sparse_vdit_by_price(price: float, limit: float) -> None:
+    """L = normalised MSE + price x density; all patterns over the limit: everything; of four heads none may skip."""
     base = resolve("sparse-vdit", **SMALL)
     assert base.heads is not None
-    heads = base.heads.model_copy(update={"limit": limit, "options": base.heads.options[1:]})
+    nothing, *sparse = base.heads.options[1:]
+    options = [
+        option.model_copy(update={"select": option.select.model_copy(update={"density": density})})
+        for option, density in zip(sparse, VDIT, strict=True)
+    ]
+    heads = base.heads.model_copy(update={"price": price, "limit": limit, "options": (nothing, *options)})
     profile, looks = watched("wan", base.override(heads=heads.model_dump()))
-    losses, costs = by_site(looks, lambda layout, exact: of_vdit(layout, exact)[1:], "output")
+    losses, costs = by_site(looks, of_vdit, "output")
     got = numbers(profile)
     unsure = [head for head in range(4) if float(losses[:, head].min()) > limit]
     assert [head for head, number in enumerate(got) if number == 4] == unsure
-    score = losses + 0.5 * costs
+    score = losses + price * costs
     score[0] = math.inf  # nothing: 3 % of four heads are none
     score[:, unsure] = 0
     expect_best(score, [0 if number == 4 else number for number in got])
