@@ -50,6 +50,8 @@ def accelerate(
     Raises ConfigError, UnsupportedError or AlreadyAcceleratedError; then nothing was changed.
     """
     known = Profile.load(profile) if isinstance(profile, str | Path) else profile
+    if known is not None and not isinstance(known, Profile):
+        raise ConfigError(f"profile: expected a Profile or the file of one, got {type(known).__name__}.")
     if recipe is None:
         recipe = "balanced" if known is None else known.recipe
     settled = resolve(recipe, **overrides)

@@ -23,6 +23,7 @@ from dit_accel.errors import ConfigError, PlanError
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import decide
+from dit_accel.sparsity import planner as planner_module
 from dit_accel.sparsity.decide import grid_share
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.profiled import Profiled
@@ -114,6 +115,8 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path, text: str, message
 
 
 def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a Profile or the file of one, got dict"):
+        dit_accel.accelerate(tiny.flux()[0], profile={})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"nowhere\.json: cannot be read"):
         Profile.load("nowhere.json")
 
@@ -244,6 +247,19 @@ def test_only_the_patterns_that_are_taken_are_decided(monkeypatch: pytest.Monkey
     seen.clear()
     Planner(resolve("paro", **SMALL)).plan(call(heads=4))
     assert seen == [4] * 6
+
+
+@pytest.mark.parametrize(("name", "times"), [("sta", 1), ("svg1", 1), ("paro", 3)])
+def test_patterns_of_places_are_decided_once_a_run(name: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though `sta` and `svg1` decide at every call without a profile; `paro` at first and at its two steps."""
+    decided: list[str] = []
+    original = planner_module.decide
+    monkeypatch.setattr(planner_module, "decide", lambda *args: decided.append("") or original(*args))
+    profile = profile_of(name, (0, 1))
+    planner = Planner(profile.recipe, profile)
+    masks = [planner.plan(call(7, step)).to_mask() for step in range(4)]
+    assert len(decided) == times
+    assert all(torch.equal(mask, masks[0]) for mask in masks[1:])
 
 
 def test_patterns_of_one_order_share_one_cut() -> None:

@@ -23,7 +23,7 @@ class _Mean:
         self._count = 0
 
     def add(self, value: torch.Tensor) -> None:
-        value = value.double()
+        value = value.float()
         self._total = value if self._total is None else self._total + value
         self._count += 1
 

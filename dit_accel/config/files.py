@@ -12,11 +12,11 @@ from ..errors import ConfigError
 from .recipe import Recipe
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON mapping; raise ConfigError when it is missing, broken, too large or no mapping."""
+def read_file(path: Path, mib: int = 1) -> dict[str, Any]:
+    """Read a YAML or JSON mapping; ConfigError when it is missing, broken, no mapping, or larger than so many MiB."""
     try:
-        if path.stat().st_size > 1 << 20:
-            raise ConfigError(f"{path}: larger than 1 MiB, too much for settings.")
+        if path.stat().st_size > mib << 20:
+            raise ConfigError(f"{path}: larger than {mib} MiB, too much for settings.")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:

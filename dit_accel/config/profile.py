@@ -128,7 +128,7 @@ class Profile(Config, frozen=True):
     def load(cls, path: str | Path) -> Profile:
         """Read a profile; ConfigError where it is missing, broken, of a newer format, or holds what it may not."""
         path = Path(path)
-        data = read_file(path)
+        data = read_file(path, mib=64)
         written = data.get("format")
         if not isinstance(written, int):
             raise ConfigError(f"{path}: is no calibration profile, it names no format.")

@@ -101,7 +101,7 @@ class Planner:
         if site.index < recipe.dense_layers:
             return f"first {recipe.dense_layers} layers stay dense"
         if step.index is None or step.total is None:
-            if recipe.dense_steps or recipe.stateful or recipe.cases:
+            if recipe.dense_steps or recipe.stateful or recipe.cases or self._profiled is not None:
                 return step.reason
         else:
             first = int(recipe.dense_steps * step.total + 0.5)

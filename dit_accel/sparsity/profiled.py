@@ -8,6 +8,8 @@ from typing import Any
 from ..call import Site
 from ..config import Profile, Recipe
 
+FOREVER = 1_000_000  # steps between decisions that look at places alone
+
 
 class Profiled:
     """A recipe with a profile beside it: what is found once for a site and window is looked up from then on."""
@@ -34,8 +36,11 @@ class Profiled:
         if values is None:
             return self._recipe
         changes: dict[str, Any] = {}
-        if self.profile.options is not None and self.profile.choice is not None:
-            changes["heads"] = self.profile.choice.model_copy(update={"given": tuple(values)})
+        choice = self.profile.choice
+        if self.profile.options is not None and choice is not None:
+            changes["heads"] = choice.model_copy(update={"given": tuple(values)})
+            if all(option.select.geometric for option in choice.options):
+                changes["every"] = FOREVER
         else:
             low, high = self.profile.clamp or (0.0, 1.0)
             floors = tuple(min(max(value, low), high) for value in values)
