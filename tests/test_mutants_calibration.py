@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import test_calibration as calibration_tests
+import test_calibration_rules as rule_tests
 import test_profile as profile_tests
 import torch
-from test_calibration import of_duo
+from test_calibration_rules import of_duo
 
 from dit_accel.calibration import choose, measure, settle
 from dit_accel.calibration.seen import Seen
@@ -82,15 +83,15 @@ MUTANTS: list[tuple[Mutation, Callable[[], None]]] = [
         heads_of_another_order,
         lambda: calibration_tests.test_planted_patterns_are_found("svg1", "wan", ("f", "hw"), ({0}, {1}), {}),
     ),
-    (price_with_the_wrong_sign, lambda: calibration_tests.test_sparse_vdit_by_price(2.0, 1.0)),
+    (price_with_the_wrong_sign, lambda: rule_tests.test_sparse_vdit_by_price(2.0, 1.0)),
     (
         budget_overspent,
-        lambda: calibration_tests.test_a_budget_over_the_heads_of_all_sites("duo", of_duo, 0.6, "wan"),
+        lambda: rule_tests.test_a_budget_over_the_heads_of_all_sites("duo", of_duo, 0.6, "wan"),
     ),
     (any_head_left_out, calibration_tests.test_heads_without_values_are_left_out_but_few),
-    (prompts_averaged, lambda: calibration_tests.test_floors_are_the_largest_of_any_prompt("wan")),
-    (text_counted, lambda: calibration_tests.test_floors_are_the_largest_of_any_prompt("flux")),
-    (all_steps_in_one_window, lambda: calibration_tests.test_floors_are_the_largest_of_any_prompt("wan")),
+    (prompts_averaged, lambda: rule_tests.test_floors_are_the_largest_of_any_prompt("wan")),
+    (text_counted, lambda: rule_tests.test_floors_are_the_largest_of_any_prompt("flux")),
+    (all_steps_in_one_window, lambda: rule_tests.test_floors_are_the_largest_of_any_prompt("wan")),
     (late_windows, profile_tests.test_windows_decide_anew_and_unseen_sites_follow_the_recipe),
     (
         decisions_outlive_their_window,
