@@ -113,7 +113,7 @@ def on_its_own_run(name: str, **changes: Any) -> tuple[Errors, Errors]:
     calls: list[AttentionCall] = []
     with Calibration(pipe, recipe, rows=1000) as calibration:
         calibration.handle.watchers += (lambda c, plan, out: calls.append(c),)
-        tiny.generate(pipe, {**call, "height": 50, "width": 42}, steps=4)
+        tiny.generate(pipe, {**call, "height": 42, "width": 34}, steps=3)
         online = errors(Planner(recipe), calls)
         choice = recipe.heads or recipe.search
         if choice is not None and choice.budget is not None:
