@@ -115,7 +115,7 @@ class Calibration:
             windows=windows,
             options=settle.options(self._seen, sites, windows, self._choice) if self._choice else None,
             floors=None if self._choice else settle.floors(self._seen, sites, windows),
-            clamp=None if self._choice else (least / 2, min(2 * least, 1.0)),
+            clamp=None if self._choice else (least, min(2 * least, 1.0)),
         )
 
 

@@ -76,7 +76,7 @@ def test_floors_of_a_clip_and_prompts_from_a_file(cli: Cli, clip_model: Path, tm
     profile = Profile.load(tmp_path / "a.json")
     assert profile.made.prompts == ("dance monkey", "the red taco")
     assert profile.made.layout == "2x2x3"
-    assert profile.clamp == (0.05, 0.2)
+    assert profile.clamp == (0.1, 0.2)
 
 
 def test_an_existing_file_is_kept_unless_forced(calibrate: Cli, tmp_path: Path) -> None:
