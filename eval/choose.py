@@ -12,6 +12,7 @@ import torch
 
 from dit_accel.config import MAPPED, AllSelect, Case, Choice, Mixtures, Recipe
 from dit_accel.errors import ConfigError
+from dit_accel.output import check_writable
 
 from .cells import Cell, Mixed, Option, Span, cells_of, cheapest, knapsack
 from .store import Row, Setup, load
@@ -109,20 +110,18 @@ def as_recipe(mixed: Mixed, total: float, name: str, chosen: Choice) -> Recipe:
 
 
 def check_target(path: Path, force: bool) -> None:
-    """Refuse a name that is no JSON or YAML file, and, unless forced, one that is taken. Raises ConfigError."""
+    """Refuse a name that is no JSON or YAML file, cannot be written or, unless forced, is taken. Raises ConfigError."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"output {path}: mixtures are a {' or '.join(SUFFIXES)} file.")
-    if path.exists() and not force:
-        raise ConfigError(f"output {path}: exists already; --force overwrites it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"output {path}: the folder {path.parent} does not exist; make it first.")
+    check_writable(path, force)
 
 
 def _is_usable(rows: Sequence[Row]) -> bool:
-    """Say whether rows are of a single recipe at a density, and were looked into."""
+    """Say whether rows are of a single recipe at a density, not calibrated for one model, and were looked into."""
     first = rows[0]
-    single = first.family == "recipe" and first.asked is not None and first.definition.get("total") is None
-    return single and any(row.samples for row in rows) and any(row.map for row in rows)
+    single = not {"total", "profile"} & {key for key, value in first.definition.items() if value is not None}
+    known = first.family == "recipe" and first.asked is not None
+    return single and known and any(row.samples for row in rows) and any(row.map for row in rows)
 
 
 def _agreement(cells: Sequence[Cell], lines: Sequence[Standing]) -> float | None:

@@ -48,7 +48,11 @@ def generate(
         str | None,
         typer.Option(help="Shipped model, folder, or Hub id; emoji-flux, or emoji-wan for a clip.", show_default=False),
     ] = None,
-    recipe: options.Recipe = "balanced",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe or preset by name, or a YAML/JSON file; balanced, or the profile's, if none."),
+    ] = None,
+    profile: options.Profile = None,
     density: options.Density = None,
     set_: options.Set = None,
     steps: options.Steps = None,
@@ -88,7 +92,7 @@ def generate(
         "text_length": text_length,
     }
     settings: Settings = build(Settings, asked, "generate")
-    job = Job(prompt, output, model, recipe, overrides, settings, dtype, device, compare, force)
+    job = Job(prompt, output, model, recipe, overrides, settings, dtype, device, compare, force, profile)
     result = job.run()
     if as_json:
         print_json(result.to_dict())
@@ -110,7 +114,11 @@ def explain(
     ] = None,
     head: Annotated[list[int] | None, typer.Option(help="Repeatable; all heads, if none.")] = None,
     model: Annotated[str, typer.Option(help="Shipped model, folder, or Hub id.")] = "emoji-flux",
-    recipe: options.Recipe = "draft",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe or preset by name, or a YAML/JSON file; draft, or the profile's, if none."),
+    ] = None,
+    profile: options.Profile = None,
     density: options.Density = None,
     set_: options.Set = None,
     steps: options.Steps = None,
@@ -160,12 +168,69 @@ def explain(
         dtype=dtype,
         device=device,
         force=force,
+        profile=profile,
     )
     look = job.run()
     if as_json:
         print_json({"output": str(output), **look.to_dict()})
     screen(stderr=as_json).print(look)
     print(output, file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Shipped model, folder, or Hub id.")],
+    recipe: Annotated[str, typer.Option(help="What to calibrate, by name, or a YAML/JSON file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a .json file.")],
+    density: options.Density = None,
+    set_: options.Set = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; the demo's own prompts, if none.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a prompt a line.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Queries looked at in each attention call.")] = 256,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Parts of the run settled apart; 4 where the paper settles each step, else 1."),
+    ] = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
+    negative_prompt: options.NegativePrompt = None,
+    guidance: options.Guidance = None,
+    true_cfg: options.TrueCfg = None,
+    text_length: options.TextLength = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
+    force: options.Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Watch the unaccelerated model, and write down what each head needs for a recipe."""
+    from dit_accel.config import build
+
+    from .calibrate import CalibrateJob
+    from .settings import Settings
+
+    asked = {
+        "steps": steps,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+        "true_cfg": true_cfg,
+        "text_length": text_length,
+    }
+    settings: Settings = build(Settings, asked, "calibrate")
+    overrides = parse_overrides(density, set_ or [])
+    job = CalibrateJob(model, recipe, output, overrides, prompt, prompts, settings, rows, windows, dtype, device, force)
+    result = job.run()
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print(result)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.api import accelerate
+from dit_accel.config import Profile
 from dit_accel.errors import ConfigError
 from dit_accel.explain import Explanation
 from dit_accel.sparsity.draw import Cell
@@ -24,14 +25,17 @@ from .settings import Settings, model_defaults
 
 @dataclass(frozen=True)
 class ExplainJob:
-    """One attention call to look into. `heads` None stands for all, `query` None for the middle of the grid."""
+    """One attention call to look into.
+
+    `heads` None stands for all, `query` None for the middle of the grid, `recipe` None for the profile's, or draft.
+    """
 
     prompt: str
     output: Path
     site: int | str
     step: int
     model: str
-    recipe: str
+    recipe: str | None
     overrides: Mapping[str, Any]
     settings: Settings
     query: Cell | None = None
@@ -39,12 +43,16 @@ class ExplainJob:
     dtype: str | None = None
     device: str = "auto"
     force: bool = False
+    profile: Path | None = None
 
     def run(self) -> Explanation:
         """Do it all; the picture carries its figures and what it was made with. Nothing is left half-written."""
         check_target(self.output, self.force)
         check_fits(self.output, False, "explain")
-        recipe = resolve(self.recipe, **self.overrides)
+        profile = None if self.profile is None else Profile.load(self.profile)
+        recipe = resolve(self.recipe or (profile.recipe if profile else "draft"), **self.overrides)
+        if profile is not None:
+            profile.check_recipe(recipe, str(self.profile))
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         source = locate(self.model)
@@ -56,7 +64,7 @@ class ExplainJob:
             check_accepts(known, settings)
         pipe = load(source, dtype, device)
         pipe.set_progress_bar_config(desc=recipe.name)
-        with accelerate(pipe, recipe) as handle:
+        with accelerate(pipe, recipe, profile=profile) as handle:
             look = handle.explain(self.site, self.step, self.query)
             made = generate_stock(pipe, self.prompt, settings=settings)
             done = Accelerated(made.media, made.seconds, made.settings, recipe, handle.report())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (or set DIT_ACCEL_DEBUG=1).")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
-Recipe = Annotated[str, typer.Option(help="Recipe or preset by name, or a YAML/JSON file.")]
+Profile = Annotated[Path | None, typer.Option(help="What calibrate wrote for this model and recipe.")]
 Density = Annotated[float | None, typer.Option(help="Share of token pairs to compute, above 0, up to 1.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe; repeatable.")

@@ -18,6 +18,7 @@ from .order import (
     StaticOrder,
     TileOrder,
 )
+from .profile import Made, Profile
 from .recipe import AXES, MAPPED, Case, Recipe
 from .score import (
     AntidiagonalScore,
@@ -31,6 +32,7 @@ from .score import (
 )
 from .select import (
     AllSelect,
+    Along,
     BandSelect,
     ColumnSelect,
     CumulativeSelect,
@@ -52,6 +54,7 @@ __all__ = [
     "AXES",
     "MAPPED",
     "AllSelect",
+    "Along",
     "AntidiagonalScore",
     "Axes",
     "AxesOrder",
@@ -75,6 +78,7 @@ __all__ = [
     "KMeansOrder",
     "Keeps",
     "LinesSelect",
+    "Made",
     "MassCorrect",
     "MassScore",
     "Mixtures",
@@ -84,6 +88,7 @@ __all__ = [
     "Order",
     "PercentileSelect",
     "PooledScore",
+    "Profile",
     "RadialSelect",
     "RasterOrder",
     "Recipe",

@@ -9,20 +9,21 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
+from ..output import write_whole
 from .mixture import Mixtures
 from .recipe import Recipe
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON mapping; raise ConfigError when it is missing, broken, too large or no mapping."""
+def read_file(path: Path, mib: int = 1) -> dict[str, Any]:
+    """Read a YAML or JSON mapping; ConfigError when it is missing, broken, no mapping, or larger than so many MiB."""
     try:
-        if path.stat().st_size > 1 << 20:
-            raise ConfigError(f"{path}: larger than 1 MiB, this is no recipe.")
+        if path.stat().st_size > mib << 20:
+            raise ConfigError(f"{path}: larger than {mib} MiB, too much for settings.")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is no valid {path.suffix[1:].upper()} ({str(error).splitlines()[0]}).") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}.")
@@ -33,9 +34,4 @@ def write_file(recipe: Recipe | Mixtures, path: Path) -> None:
     """Write a recipe or mixtures as YAML, or as JSON where the name ends so; what is None by default is left out."""
     data = json.loads(recipe.model_dump_json(exclude_none=True))
     text = json.dumps(data, indent=1) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
-    half = path.with_name(f".{path.name}.part")
-    try:
-        half.write_text(text, encoding="utf-8")
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    write_whole(text.encode(), path, force=True)

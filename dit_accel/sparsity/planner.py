@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import DiskSelect, NeighborhoodSelect, Recipe, ResidualCorrect
+from ..config import DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
@@ -20,6 +20,7 @@ from .drift import Probe, look
 from .exact import exact_plan
 from .inputs import Inputs
 from .plan import PackedPlan, Plan, from_units
+from .profiled import Profiled
 from .state import state_bytes
 
 STATE_LIMIT = 8 << 30  # bytes of decisions kept between steps
@@ -63,11 +64,14 @@ class Planner:
     """Decide plans for one recipe and remember them within a run.
 
     Geometric plans depend on the layout alone and are shared by all sites. Content-driven plans are kept per
-    (site, guidance branch) as bitmaps, with one row a sample; a new run drops them all.
+    (site, guidance branch) as bitmaps, with one row a sample; a new run drops them all. With a `profile` heads follow
+    what a calibration found.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, profile: Profile | None = None) -> None:
         self.recipe = recipe
+        self._bare = recipe.model_copy(update={"search": None})  # it would be hashed at every call
+        self._profiled = None if profile is None else Profiled(self._bare, profile)
         self._fixed: dict[tuple[Recipe, TokenLayout, torch.device], _Fixed] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._missing: dict[tuple[str, str], _Kept] = {}
@@ -97,7 +101,7 @@ class Planner:
         if site.index < recipe.dense_layers:
             return f"first {recipe.dense_layers} layers stay dense"
         if step.index is None or step.total is None:
-            if recipe.dense_steps or recipe.stateful or recipe.cases:
+            if recipe.dense_steps or recipe.stateful or recipe.cases or self._profiled is not None:
                 return step.reason
         else:
             first = first_sparse(step.total, recipe.dense_steps)
@@ -108,6 +112,8 @@ class Planner:
             return "density 1 is dense"
         if here.select.kind == "all" and here.heads is None:
             return "the recipe computes every pair here"
+        if here.heads is not None and here.heads.full:
+            return "all heads compute everything here"
         return slower_reason(layout.length, here.density, x.device) if recipe.adaptive else ""
 
     def plan(self, call: AttentionCall) -> Plan:
@@ -120,7 +126,9 @@ class Planner:
 
     def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
         share = step.index / step.total if step.index is not None and step.total else 0.0
-        return self.recipe.at(site.index, site.count, share)
+        if self._profiled is not None:
+            return self._profiled.at(site, share)
+        return self._bare.at(site.index, site.count, share)
 
     # -- by place alone ---------------------------------------------------------------------------------------------
     def _geometric(self, recipe: Recipe, call: AttentionCall) -> Plan:
