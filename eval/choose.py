@@ -14,7 +14,7 @@ from dit_accel.config import MAPPED, AllSelect, Case, Choice, Mixtures, Recipe
 from dit_accel.errors import ConfigError
 from dit_accel.output import check_writable
 
-from .cells import Cell, Mixed, Option, Span, cells_of, cheapest, knapsack
+from .cells import Group, Mixed, Option, Span, best_mix, cheapest, groups_of, uniform
 from .store import Row, Setup, load
 from .summary import Standing, by_candidate, standings
 from .tables import best_of
@@ -41,27 +41,29 @@ class Chosen:
     def of(cls, rows: Path, densities: Sequence[float], name: str, groups: int, windows: int) -> Chosen:
         """Choose from a study's rows for some densities; if none is named, for all asked there that can be met.
 
-        Raises ConfigError where the rows hold nothing to choose from, or nothing cheap enough.
+        The budget at a density is what the best single recipe there computes, where that is a little more. Raises
+        ConfigError where the rows hold nothing to choose from, or nothing cheap enough.
         """
         setup, found = load(rows)
         usable = {name: group for name, group in by_candidate(found).items() if _is_usable(group)}
         if not usable:
             raise ConfigError(f"{rows}: no recipe with a density was looked into, so there is nothing to choose from.")
         lines = standings([row for group in usable.values() for row in group], (), setup)
+        parts = groups_of(usable, setup, groups, windows)
         asked = {line.asked for line in lines if line.asked is not None}
-        cells = cells_of(usable, setup, groups, windows)
-        wanted = sorted(set(densities) or {density for density in asked if density >= cheapest(cells)}, reverse=True)
-        picks = tuple(knapsack(cells, density) for density in wanted)
-        singles = [best_of([line for line in lines if line.asked == density]) for density in wanted]
+        singles = {d: best_of([line for line in lines if line.asked == d]) for d in asked}
+        budgets = {d: max(d, line.spent or d) for d, line in singles.items() if line is not None}
+        wanted = sorted(densities or (d for d, budget in budgets.items() if budget >= cheapest(parts)), reverse=True)
+        picks = tuple(best_mix(parts, budgets.get(density, density)) for density in wanted)
         choice = Choice(
             model=setup.model,
             described=_described(setup),
             prompts=tuple(dict.fromkeys(row.prompt for group in usable.values() for row in group)),
             candidates=tuple(usable),
-            best=tuple(line.candidate for line in singles if line is not None),
+            best=tuple(line.candidate for d in wanted if (line := singles.get(d)) is not None),
         )
         recipes = tuple(as_recipe(mixed, d, name, choice) for mixed, d in zip(picks, wanted, strict=True))
-        return cls(Mixtures(name=name, chosen=choice, recipes=recipes), picks, _agreement(cells, lines))
+        return cls(Mixtures(name=name, chosen=choice, recipes=recipes), picks, _agreement(parts, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was chosen, without the settings of each recipe, as plain data."""
@@ -104,7 +106,8 @@ class Chosen:
 def as_recipe(mixed: Mixed, total: float, name: str, chosen: Choice) -> Recipe:
     """Write picks as one recipe whose cases say which choice holds where; elsewhere everything is computed."""
     cases = tuple(case for span, pick in _merged(mixed) for case in _cases(*span, pick))
-    parts = ", ".join(dict.fromkeys(pick.name.rpartition("@")[0] or pick.name for pick in mixed.picks))
+    names = [pick.name.rpartition("@")[0] or pick.name for course in mixed.courses for pick in course.picks]
+    parts = ", ".join(dict.fromkeys(names))
     source = f"mixture of {parts} ({chosen.described}, prompts: {len(chosen.prompts)}), chosen on {chosen.model}"
     return Recipe(name=name, select=AllSelect(), cases=cases, total=total, sources=(source,))
 
@@ -124,14 +127,11 @@ def _is_usable(rows: Sequence[Row]) -> bool:
     return single and known and any(row.samples for row in rows) and any(row.map for row in rows)
 
 
-def _agreement(cells: Sequence[Cell], lines: Sequence[Standing]) -> float | None:
+def _agreement(parts: Sequence[Group], lines: Sequence[Standing]) -> float | None:
     """Return the rank correlation between what is minimised and how far pictures are from the reference."""
     from torchmetrics.functional.regression import spearman_corrcoef
 
-    losses: dict[str, float] = {}
-    for cell in cells:
-        for option in cell.options:
-            losses[option.name] = losses.get(option.name, 0.0) + cell.share * option.loss
+    losses = {name: mixed.loss for name, mixed in uniform(parts).items()}
     known = [line for line in lines if "psnr" in line.figures and line.candidate in losses]
     if len(known) < 3:
         return None
@@ -142,16 +142,16 @@ def _agreement(cells: Sequence[Cell], lines: Sequence[Standing]) -> float | None
 
 
 def _merged(mixed: Mixed) -> list[tuple[tuple[Span, Span], Option]]:
-    """Join cells of one choice: first windows that follow each other, then parts of the model that do."""
-    by_depth: dict[Span, list[tuple[Span, Option]]] = {}
-    for cell, pick in zip(mixed.cells, mixed.picks, strict=True):
-        runs = by_depth.setdefault(cell.depth, [])
-        if runs and runs[-1][1].name == pick.name:
-            runs[-1] = ((runs[-1][0][0], cell.steps[1]), pick)
-        else:
-            runs.append((cell.steps, pick))
+    """Join parts of one choice: first windows that follow each other, then groups that do."""
     joined: list[tuple[Span, list[tuple[Span, Option]]]] = []
-    for depth, runs in by_depth.items():
+    for course in mixed.courses:
+        runs: list[tuple[Span, Option]] = []
+        for cell, pick in zip(course.group.cells, course.picks, strict=True):
+            if runs and runs[-1][1].name == pick.name:
+                runs[-1] = ((runs[-1][0][0], cell.steps[1]), pick)
+            else:
+                runs.append((cell.steps, pick))
+        depth = course.group.depth
         if joined and [(s, o.name) for s, o in joined[-1][1]] == [(s, o.name) for s, o in runs]:
             joined[-1] = ((joined[-1][0][0], depth[1]), runs)
         else:

@@ -17,7 +17,20 @@ from typer.testing import Result
 import dit_accel
 from dit_accel.config import MAPPED, Choice, Mixtures, Recipe, build, read_file, write_file
 from dit_accel.errors import ConfigError
-from dit_accel.eval.cells import FULL, GRAIN, Cell, Mixed, Option, cells_of, cheapest, knapsack
+from dit_accel.eval.cells import (
+    FULL,
+    GRAIN,
+    Cell,
+    Course,
+    Group,
+    Mixed,
+    Option,
+    best_mix,
+    cheapest,
+    groups_of,
+    knapsack,
+    uniform,
+)
 from dit_accel.eval.choose import Chosen, as_recipe
 from dit_accel.eval.judge import judge
 from dit_accel.eval.store import DensityMap, Figures, Row, Sample, Setup, Store
@@ -32,43 +45,75 @@ CHOICE = Choice(model="m", described="small", prompts=("a",), candidates=("draft
 
 
 # -- the best picks ---
-def random_cells(make: random.Random, count: int) -> list[Cell]:
+def random_groups(make: random.Random, count: int, windows: int = 2) -> list[Group]:
+    """Return groups and windows of random shares with random options, costs in whole grains."""
     shares = [make.randint(1, 5) for _ in range(count)]
-    cells = []
+    groups = []
     for at, share in enumerate(shares):
-        options = [Option(f"{at}-{i}", None, make.randint(1, 20) / 20, make.random()) for i in range(4)]
-        options.append(Option(FULL, None, 1.0, 0.0))
-        cells.append(Cell((at / count, (at + 1) / count), (0.0, 1.0), share / sum(shares), tuple(options)))
-    return cells
+        cells = []
+        for window in range(windows):
+            options = [Option(f"{at}-{window}-{i}", None, make.randint(1, 20) / 20, make.random()) for i in range(3)]
+            span = (window / windows, (window + 1) / windows)
+            cells.append(Cell(span, 1 / windows, (*options, Option(FULL, None, 1.0, 0.0))))
+        groups.append(Group((at / count, (at + 1) / count), share / sum(shares), tuple(cells)))
+    return groups
 
 
-@pytest.mark.parametrize("seed", range(8))
+def every_mix(groups: list[Group]) -> list[Mixed]:
+    each = [
+        [Course(group, picks) for picks in itertools.product(*(cell.options for cell in group.cells))]
+        for group in groups
+    ]
+    return [Mixed(courses) for courses in itertools.product(*each)]
+
+
+@pytest.mark.parametrize("seed", range(6))
 def test_the_picks_are_the_best_of_all_that_fit(seed: int) -> None:
-    make = random.Random(seed)
     print("seed", seed)
-    cells = random_cells(make, 4)
+    groups = random_groups(random.Random(seed), 3)
+    every, slack = every_mix(groups), (len(groups) + 1) / GRAIN  # each cost is rounded to a grain
     for budget in (0.25, 0.5, 0.8, 1.0):
-        every = [Mixed(tuple(cells), picks) for picks in itertools.product(*(cell.options for cell in cells))]
-        fitting = [mixed for mixed in every if mixed.cost <= budget + 1e-9]
+        fitting = [mixed.loss for mixed in every if mixed.cost <= budget - slack]
         if not fitting:
-            assert cheapest(cells) > budget
+            assert cheapest(groups) > budget - slack
             continue
-        found = knapsack(cells, budget)
-        assert found.cost <= budget + 1e-9
-        # costs are rounded up to a grain in each cell, so what just fits may be passed over
-        nearly = [mixed.loss for mixed in fitting if mixed.cost <= budget - len(cells) / GRAIN]
-        assert min(mixed.loss for mixed in fitting) - 1e-12 <= found.loss <= min(nearly, default=1e9) + 1e-12
+        found = knapsack(groups, budget)
+        assert found.cost <= budget + slack
+        assert min(mixed.loss for mixed in every if mixed.cost <= budget + slack) <= found.loss <= min(fitting)
+
+
+def test_errors_add_up_in_time_and_not_in_depth() -> None:
+    """Two windows of errors 0.2 and 0.4 lose their mean, squared; two groups lose the mean of their losses."""
+    options = (Option("a", None, 0.3, 0.2), Option("b", None, 0.5, 0.4))
+    cells = (Cell((0.0, 0.5), 0.5, options), Cell((0.5, 1.0), 0.5, options))
+    first, second = Group((0.0, 0.25), 0.25, cells), Group((0.25, 1.0), 0.75, cells)
+    mixed = Mixed((Course(first, options), Course(second, options[:1] * 2)))
+    assert mixed.loss == pytest.approx(0.25 * 0.3**2 + 0.75 * 0.2**2)
+    assert mixed.cost == pytest.approx(0.25 * 0.4 + 0.75 * 0.3)
 
 
 def test_with_room_for_everything_everything_is_computed() -> None:
-    found = knapsack(random_cells(random.Random(0), 1), 1.0)
-    assert {pick.name for pick in found.picks} == {FULL}
+    found = knapsack(random_groups(random.Random(0), 4), 1.0)
+    assert {pick.name for course in found.courses for pick in course.picks} == {FULL}
+
+
+def test_a_single_recipe_is_kept_where_mixing_promises_little() -> None:
+    def groups(gain: float) -> list[Group]:
+        special = Option("special", None, 0.3, 0.2 * gain)
+        plain = Option("plain", None, 0.3, 0.2)
+        return [
+            Group((0.0, 0.5), 0.5, (Cell((0.0, 1.0), 1.0, (plain, special)),)),
+            Group((0.5, 1.0), 0.5, (Cell((0.0, 1.0), 1.0, (plain,)),)),
+        ]
+
+    chosen = [[course.picks[0].name for course in best_mix(groups(gain), 0.3).courses] for gain in (0.95, 0.5)]
+    assert chosen == [["plain", "plain"], ["special", "plain"]]
 
 
 def test_a_density_below_the_cheapest_is_refused() -> None:
-    cells = [Cell((0.0, 1.0), (0.0, 1.0), 1.0, (Option("a", None, 0.2, 0.5),))]
+    groups = [Group((0.0, 1.0), 1.0, (Cell((0.0, 1.0), 1.0, (Option("a", None, 0.2, 0.5),)),))]
     with pytest.raises(ConfigError, match=r"density 0\.1: the cheapest choices measured take 0\.200"):
-        knapsack(cells, 0.1)
+        best_mix(groups, 0.1)
 
 
 # -- from rows to cells ---
@@ -90,39 +135,41 @@ def looked_into(name: str, asked: float, error: Callable[[int, int], float], ful
     return [row]
 
 
-def test_cells_hold_means_over_their_calls() -> None:
+def test_parts_hold_means_over_their_calls() -> None:
     rows = {"draft@0.3": looked_into("draft", 0.3, lambda site, step: 0.1 * (site + 1) + (0.5 if step == 9 else 0))}
-    cells = cells_of(rows, SETUP, 4, 2)
-    assert [cell.depth for cell in cells[::2]] == [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
-    assert [cell.steps for cell in cells[:2]] == [(0.0, pytest.approx(0.6)), (pytest.approx(0.6), 1.0)]
-    assert sum(cell.share for cell in cells) == pytest.approx(1)
-    assert cells[0].options[0] == Option(FULL, None, 1.0, 0.0)
-    early, late = cells[0].options[1], cells[1].options[1]  # sites 0 and 1, looked at in steps 2, 4 and in 6, 9
-    assert (early.cost, early.loss) == (pytest.approx(0.3), pytest.approx((0.1**2 + 0.2**2) / 2))
-    assert late.loss == pytest.approx((0.1**2 + 0.2**2 + 0.6**2 + 0.7**2) / 4)
+    groups = groups_of(rows, SETUP, 4, 2)
+    assert [group.depth for group in groups] == [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
+    assert [cell.steps for cell in groups[0].cells] == [(0.0, 0.6), (0.6, 1.0)]
+    assert [group.share for group in groups] == [0.25] * 4
+    assert [cell.share for cell in groups[3].cells] == [0.5] * 2
+    early, late = (cell.options for cell in groups[0].cells)  # sites 0 and 1, looked at in steps 2, 4 and in 6, 9
+    assert early[0] == Option(FULL, None, 1.0, 0.0)
+    assert (early[1].cost, early[1].error) == (pytest.approx(0.3), pytest.approx(((0.1**2 + 0.2**2) / 2) ** 0.5))
+    assert late[1].error == pytest.approx(((0.1**2 + 0.2**2 + 0.6**2 + 0.7**2) / 4) ** 0.5)
 
 
 def test_steps_computed_in_full_cost_and_err_nothing() -> None:
     """A recipe with full steps is no bargain because one of them happened to be looked at."""
     rows = {"rettention@0.3": looked_into("rettention", 0.3, lambda site, step: 0.4, full=(4, 9))}
-    first, second = cells_of(rows, SETUP, 1, 2)
-    assert (first.options[1].cost, first.options[1].loss) == (pytest.approx((3 * 0.3 + 1) / 4), pytest.approx(0.12))
-    assert second.options[1].cost == pytest.approx((3 * 0.3 + 1) / 4)
+    first, second = groups_of(rows, SETUP, 1, 2)[0].cells
+    assert [cell.options[1].cost for cell in (first, second)] == [pytest.approx((3 * 0.3 + 1) / 4)] * 2
+    assert first.options[1].error == pytest.approx((0.75 * 0.4**2) ** 0.5)
     rows = {"rettention@0.3": looked_into("rettention", 0.3, lambda site, step: 0.4, full=(6, 9))}
-    assert [option.name for option in cells_of(rows, SETUP, 1, 2)[1].options] == [FULL]  # nothing sparse was seen
+    unseen = groups_of(rows, SETUP, 1, 2)
+    assert [option.name for option in unseen[0].cells[1].options] == [FULL]  # nothing sparse was seen
+    assert list(uniform(unseen)) == [FULL]
 
 
 # -- from picks to a recipe ---
 def test_every_site_and_step_gets_its_pick_in_models_of_any_depth() -> None:
     """Also where a recipe has cases of its own, keeps decisions, or corrects; joined cells included."""
     names = ("draft@0.3", "draft@0.3", "vmoba@0.3", FULL, "svg-ear@0.2", "dfs@0.5", "svg1@0.4", "draft@0.3")
-    options = [Option(name, None if name == FULL else plain(name), 0.3, 0.1) for name in names]
-    cells = [
-        Cell((g / 4, (g + 1) / 4), (0.0, 0.6) if w == 0 else (0.6, 1.0), 1 / 8, (options[2 * g + w],))
-        for g in range(4)
-        for w in range(2)
-    ]
-    mixture = as_recipe(Mixed(tuple(cells), tuple(options)), 0.3, "auto", CHOICE)
+    options = tuple(Option(name, None if name == FULL else plain(name), 0.3, 0.1) for name in names)
+    courses = []
+    for g in range(4):
+        cells = tuple(Cell(span, 0.5, options) for span in ((0.0, 0.6), (0.6, 1.0)))
+        courses.append(Course(Group((g / 4, (g + 1) / 4), 0.25, cells), options[2 * g : 2 * g + 2]))
+    mixture = as_recipe(Mixed(tuple(courses)), 0.3, "auto", CHOICE)
     assert mixture.density == 0.3
     assert "mixture of draft, vmoba, dense, svg-ear, dfs, svg1 (small, prompts: 1), chosen on m" in mixture.sources[0]
     assert len([case for case in mixture.cases if case.name == "draft@0.3"]) == 2  # two windows joined
@@ -146,9 +193,15 @@ def plain(name: str) -> Recipe:
     return resolve(recipe, density=float(density))
 
 
+def everywhere(name: str) -> Mixed:
+    """Return one recipe as the choice of a model in one piece."""
+    options = (Option(name, plain(name), 0.3, 0.1),)
+    group = Group((0.0, 1.0), 1.0, (Cell((0.0, 1.0), 1.0, options),))
+    return Mixed((Course(group, options),))
+
+
 def test_a_mixture_is_read_back_and_asked_for_by_density(tmp_path: Path) -> None:
-    cells = [Cell((0.0, 1.0), (0.0, 1.0), 1.0, (Option("draft@0.2", plain("draft@0.2"), 0.2, 0.1),))]
-    made = [as_recipe(Mixed(tuple(cells), (cells[0].options[0],)), total, "mine", CHOICE) for total in (0.5, 0.2)]
+    made = [as_recipe(everywhere("draft@0.2"), total, "mine", CHOICE) for total in (0.5, 0.2)]
     mixtures = Mixtures(name="mine", chosen=CHOICE, recipes=tuple(made))
     for name in ("mine.json", "mine.yaml"):
         write_file(mixtures, tmp_path / name)
@@ -189,8 +242,7 @@ def judged(name: str, psnr: list[float], prompts: str, recipe: Recipe, **more: A
 @pytest.fixture
 def study(tmp_path: Path) -> Callable[[list[float]], tuple[Mixtures, Path]]:
     """Write rows of a mixture, of a good recipe and of the one that was best where the mixture was chosen."""
-    cells = [Cell((0.0, 1.0), (0.0, 1.0), 1.0, (Option("draft@0.3", plain("draft@0.3"), 0.3, 0.1),))]
-    recipe = as_recipe(Mixed(tuple(cells), cells[0].options), 0.3, "auto", CHOICE)
+    recipe = as_recipe(everywhere("draft@0.3"), 0.3, "auto", CHOICE)
     mixtures = Mixtures(name="auto", chosen=CHOICE, recipes=(recipe,))
 
     def write(psnr: list[float], prompts: str = "abcd") -> tuple[Mixtures, Path]:
@@ -250,7 +302,7 @@ def test_from_a_study_to_a_verdict(evaluate: Callable[..., Result], cli: Callabl
     data = json.loads(result.stdout)
     assert [one["total"] for one in data["mixtures"]] == [0.5]
     assert data["chosen"]["prompts"] == ["a cat"]
-    assert data["mixtures"][0]["expected"] <= 0.5
+    assert data["mixtures"][0]["expected"] <= 0.6
     result = evaluate(page, *few, "--recipe", chosen, "--prompt", "a dog", "--json")
     assert result.exit_code == 0, result.output
     (spent,) = (line["spent"] for line in json.loads(result.stdout)["candidates"] if line["candidate"] == "mine@0.5")
