@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from dit_accel.output import check_writable
 
 from .cells import Group, Mixed, Option, Span, best_mix, cheapest, groups_of, uniform
 from .store import Row, Setup, load
-from .summary import Standing, by_candidate, standings
+from .summary import Interval, Standing, by_candidate, paired, standings
 from .tables import best_of
 
 if TYPE_CHECKING:
@@ -26,26 +26,61 @@ SUFFIXES = (".json", ".yaml", ".yml")
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """What was chosen for one density, and how it came to it.
+
+    `single`: the best single recipe of the rows. `ahead`: by how many dB the mixture was ahead of it where the rows
+    hold the mixture too, None where they do not; one that was not ahead has been given up for the single recipe.
+    """
+
+    recipe: Recipe
+    mixed: Mixed
+    single: str | None
+    ahead: Interval | None
+
+    @property
+    def status(self) -> str:
+        """Say in words whether it is a mixture, and whether it has been tried."""
+        names = {pick.name for course in self.mixed.courses for pick in course.picks}
+        if self.ahead is not None:
+            kept = "" if self.ahead.mean > 0 else ", so that is kept"
+            return f"tried: {self.ahead.mean:+.2f} dB against {self.single}{kept}"
+        return "one recipe" if len(names) == 1 else "not tried yet"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data, without the recipe's settings."""
+        return {
+            "total": self.recipe.total,
+            "expected": self.mixed.cost,
+            "expected_error": self.mixed.loss**0.5,
+            "status": self.status,
+            "parts": _parts(self.recipe),
+        }
+
+
+@dataclass(frozen=True)
 class Chosen:
-    """Mixtures, the picks that each was written from, and whether what was minimised tells anything about pictures.
+    """Mixtures, how each came about, and whether what was made least tells anything about pictures.
 
     `agreement`: Spearman's rank correlation of loss and mean squared pixel error over the single candidates; None for
     fewer than three.
     """
 
     mixtures: Mixtures
-    picks: tuple[Mixed, ...]
+    proposals: tuple[Proposal, ...]
     agreement: float | None
 
     @classmethod
     def of(cls, rows: Path, densities: Sequence[float], name: str, groups: int, windows: int) -> Chosen:
         """Choose from a study's rows for some densities; if none is named, for all asked there that can be met.
 
-        The budget at a density is what the best single recipe there computes, where that is a little more. Raises
+        The budget at a density is what the best single recipe there computes, where that is a little more. A mixture
+        that the rows hold already, because it was chosen and run before, has to have been ahead of that recipe. Raises
         ConfigError where the rows hold nothing to choose from, or nothing cheap enough.
         """
         setup, found = load(rows)
-        usable = {name: group for name, group in by_candidate(found).items() if _is_usable(group)}
+        ran = by_candidate(found)
+        usable = {name: group for name, group in ran.items() if _is_usable(group)}
         if not usable:
             raise ConfigError(f"{rows}: no recipe with a density was looked into, so there is nothing to choose from.")
         lines = standings([row for group in usable.values() for row in group], (), setup)
@@ -54,7 +89,6 @@ class Chosen:
         singles = {d: best_of([line for line in lines if line.asked == d]) for d in asked}
         budgets = {d: max(d, line.spent or d) for d, line in singles.items() if line is not None}
         wanted = sorted(densities or (d for d, budget in budgets.items() if budget >= cheapest(parts)), reverse=True)
-        picks = tuple(best_mix(parts, budgets.get(density, density)) for density in wanted)
         choice = Choice(
             model=setup.model,
             described=_described(setup),
@@ -62,8 +96,9 @@ class Chosen:
             candidates=tuple(usable),
             best=tuple(line.candidate for d in wanted if (line := singles.get(d)) is not None),
         )
-        recipes = tuple(as_recipe(mixed, d, name, choice) for mixed, d in zip(picks, wanted, strict=True))
-        return cls(Mixtures(name=name, chosen=choice, recipes=recipes), picks, _agreement(parts, lines))
+        proposals = tuple(_propose(parts, ran, d, budgets.get(d, d), singles.get(d), name, choice) for d in wanted)
+        mixtures = Mixtures(name=name, chosen=choice, recipes=tuple(one.recipe for one in proposals))
+        return cls(mixtures, proposals, _agreement(parts, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was chosen, without the settings of each recipe, as plain data."""
@@ -71,15 +106,7 @@ class Chosen:
             "name": self.mixtures.name,
             "chosen": self.mixtures.chosen.model_dump(mode="json"),
             "agreement": self.agreement,
-            "mixtures": [
-                {
-                    "total": recipe.total,
-                    "expected": mixed.cost,
-                    "expected_error": mixed.loss**0.5,
-                    "parts": _parts(recipe),
-                }
-                for recipe, mixed in zip(self.mixtures.recipes, self.picks, strict=True)
-            ],
+            "mixtures": [one.to_dict() for one in self.proposals],
         }
 
     def table(self) -> rich.table.Table:
@@ -88,19 +115,42 @@ class Chosen:
         from rich.table import Table
 
         known = self.agreement is not None
-        said = (
-            f"error and picture rank the single candidates alike to {self.agreement:.3f} (Spearman)" if known else None
-        )
+        said = f"rank correlation of loss and picture over single recipes: {self.agreement:.3f}" if known else None
         title = f"{self.mixtures.name}: chosen on {self.mixtures.chosen.model}"
         page = Table(title=title, caption=said, box=box.SIMPLE)
-        for title in ("density", "expected", "expected error", "depth", "steps", "choice"):
-            page.add_column(title, justify="right" if title.startswith("expected") else "left")
-        for recipe, mixed in zip(self.mixtures.recipes, self.picks, strict=True):
-            head = (f"{recipe.total:g}", f"{mixed.cost:.3f}", f"{mixed.loss**0.5:.3f}")
-            for i, part in enumerate(_parts(recipe)):
-                page.add_row(*(head if i == 0 else ("", "", "")), part["depth"], part["steps"], part["choice"])
+        for heading in ("density", "expected", "error", "depth", "steps", "choice", "status"):
+            page.add_column(heading, justify="right" if heading in ("expected", "error") else "left")
+        for one in self.proposals:
+            head = (f"{one.recipe.total:g}", f"{one.mixed.cost:.3f}", f"{one.mixed.loss**0.5:.3f}")
+            for i, part in enumerate(_parts(one.recipe)):
+                first = i == 0
+                row = (*(head if first else ("", "", "")), part["depth"], part["steps"], part["choice"])
+                page.add_row(*row, one.status if first else "")
             page.add_section()
         return page
+
+
+def _propose(
+    parts: Sequence[Group],
+    ran: Mapping[str, Sequence[Row]],
+    density: float,
+    budget: float,
+    single: Standing | None,
+    name: str,
+    choice: Choice,
+) -> Proposal:
+    """Choose for one density; where that very mixture ran and was not ahead of the best single recipe, take that."""
+    mixed = best_mix(parts, budget)
+    recipe = as_recipe(mixed, density, name, choice)
+    known = recipe.model_dump(mode="json")["cases"]
+    tried = next((rows for rows in ran.values() if rows[0].definition.get("cases") == known), None)
+    if tried is None or single is None:
+        return Proposal(recipe, mixed, None if single is None else single.candidate, None)
+    ahead = paired(tried, ran[single.candidate])
+    alone = uniform(parts).get(single.candidate)
+    if ahead is not None and ahead.mean <= 0 and alone is not None:
+        recipe, mixed = as_recipe(alone, density, name, choice), alone
+    return Proposal(recipe, mixed, single.candidate, ahead)
 
 
 def as_recipe(mixed: Mixed, total: float, name: str, chosen: Choice) -> Recipe:

@@ -230,6 +230,28 @@ def test_the_shipped_mixture_runs_and_says_what_it_is(family: str) -> None:
     assert "auto mixes recipes: density 0.5 is asked of all calls after the dense steps together" in report.notes
 
 
+# -- tried ---
+@pytest.mark.parametrize(("psnr", "status"), [(22, "tried: +2.00 dB against draft@0.3"), (19, "so that is kept")])
+def test_a_mixture_that_was_no_better_when_tried_is_given_up(tmp_path: Path, psnr: float, status: str) -> None:
+    """Two recipes, each good in one half of the model: their mixture is proposed, and believed once it was seen."""
+    store = Store(tmp_path / "rows.jsonl", SETUP)
+    for name, better in (("draft", range(4)), ("svg2", range(4, 8))):
+        (row,) = looked_into(name, 0.3, lambda site, step, better=better: 0.1 if site in better else 0.4)
+        store.add(row)
+    first = Chosen.of(store.path, [0.3], "auto", 2, 1)
+    assert first.proposals[0].status == "not tried yet"
+    assert [case.name for case in first.mixtures.recipes[0].cases] == ["draft@0.3", "svg2@0.3"]
+    definition = first.mixtures.recipes[0].override(dense_steps=DENSE_STEPS).model_dump(mode="json")
+    store.add(row.model_copy(update={
+        "candidate": "auto@0.3", "definition": definition, "figures": Figures(psnr=psnr, ssim=0.9)
+    }))  # fmt: skip
+    again = Chosen.of(store.path, [0.3], "auto", 2, 1)
+    assert status in again.proposals[0].status
+    kept = [case.name for case in again.mixtures.recipes[0].cases]
+    assert kept == (["draft@0.3", "svg2@0.3"] if psnr > 20 else ["draft@0.3"])
+    assert again.mixtures.chosen.best == ("draft@0.3",)
+
+
 # -- verdicts ---
 def judged(name: str, psnr: list[float], prompts: str, recipe: Recipe, **more: Any) -> list[Row]:
     return [
