@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
+
 from .op import traced
 from .problem import Predicate, Problem
 
@@ -123,7 +125,7 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     q = problem.q
-    wanted: Backend = backend or ("triton" if q.device.type == "cuda" else "cpu")
+    wanted: Backend = backend or ("triton" if wants_triton(q) else "cpu")
     reasons = unsupported_reasons(wanted, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
     if reasons and backend is not None:
         raise RuntimeError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")

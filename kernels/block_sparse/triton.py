@@ -328,10 +328,13 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _tile_for(problem: Problem) -> Tile:
-    q = problem.q
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (8, 0)
+    q, capability = problem.q, _capability(problem.q.device)
     padded = triton.next_power_of_2(q.shape[3])
     return choose(capability, padded, q.element_size(), problem.block_q, problem.block_k, kind_of(problem))
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def kind_of(problem: Problem) -> Kind:

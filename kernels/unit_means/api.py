@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
+
 Backend = Literal["triton", "reference"]
 
 
@@ -36,7 +38,7 @@ def unit_means(x: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backe
     _check(x, slots, bounds)
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if x.is_cuda else "reference")
+    wanted = backend or ("triton" if wants_triton(x) else "reference")
     reasons = unsupported_reasons(wanted, x)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot average x {list(x.shape)}: {'; '.join(reasons)}")
