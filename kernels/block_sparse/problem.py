@@ -43,6 +43,7 @@ class Problem:
     key_bias: Tensor | None
     predicate: Predicate | None
     scale: float
+    every_query: bool = False
 
     @property
     def splits(self) -> bool:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.sizes import power_of_two
+
 INTERPRETED = triton.knobs.runtime.interpret
 ELEMENTS = 8192  # of a tile: 64 sums a thread, and enough loads on the way to fill the memory bus
 
@@ -71,7 +73,7 @@ def means(x: Tensor, slots: Tensor, bounds: int | Tensor) -> Tensor:
 def launch(x: Tensor, slots: Tensor, bounds: int | Tensor, out: Tensor) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
     b, _, h, d = x.shape
-    units, padded = out.shape[2], max(triton.next_power_of_2(d), 16)
+    units, padded = out.shape[2], power_of_two(d, 16)
     slots = slots.contiguous()
     edges = None if isinstance(bounds, int) else bounds.contiguous()
     args = (
@@ -80,7 +82,7 @@ def launch(x: Tensor, slots: Tensor, bounds: int | Tensor, out: Tensor) -> tuple
     )  # fmt: skip
     rows = ELEMENTS // padded
     if isinstance(bounds, int):
-        rows = min(rows, triton.next_power_of_2(bounds))
+        rows = min(rows, power_of_two(bounds))
     return (b * units * h,), args, {"D": d, "D_PAD": padded, "ROWS": max(rows, 16), "num_warps": 4}
 
 

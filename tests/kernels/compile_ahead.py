@@ -17,16 +17,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
+from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
 from dit_accel.kernels.unit_means import triton as averaging
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TYPES = {BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 # name: head dim, dtype, query block, key block, features, length
 VARIANTS = {
@@ -72,15 +74,20 @@ def compile_attention(capability: int, problem: Problem, tile=None) -> triton.co
         blocks = (problem.block_q, problem.block_k)
         kind = attention.kind_of(problem)
         tile = choose(divmod(capability, 10), padded, q.element_size(), *blocks, kind)
-    # the copy itself needs a GPU; the launch only asks for its shape
-    attention._pack = lambda x, order: x[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
+    attention._pack = shaped_as_packed
     _, args, constants = attention.launch(problem, tile, out, lse)
     return compile_launch(attention._attention_kernel, capability, args, constants)
 
 
+def shaped_as_packed(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the copy would return: it needs a GPU, and a launch only asks for its shape."""
+    packed = k[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
+    return packed, packed
+
+
 def compile_pack(capability: int) -> triton.compiler.CompiledKernel:
     x, order = torch.zeros(1, 16, 64, 128, dtype=BF16), torch.zeros(1, 1, 64, dtype=torch.int32)
-    args = (x, x, order, *x.stride(), 0, 0, 64, 16)
+    args = (x, x, x, x, order, *x.stride(), *x.stride(), 0, 0, 64, 16)
     return compile_launch(attention._pack_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
 
 
@@ -105,11 +112,39 @@ def compile_assign(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     return compile_launch(clustering._assign_kernel, capability, args, constants)
 
 
+def compile_lists(capability: int, bits: bool) -> triton.compiler.CompiledKernel:
+    """A static cut, as a tile order has it, and 1183 key blocks, as Wan's 720p clips have them."""
+    units = torch.zeros(1, 40, 591, 74 if bits else 591, dtype=torch.uint8 if bits else torch.bool)
+    rows, keys = torch.zeros(1, 1, 591, dtype=torch.int64), torch.zeros(1, 1, 1183, dtype=torch.int64)
+    out = torch.zeros(1, 40, 591, 1183, dtype=torch.int32)
+    counts = torch.zeros(1, 40, 591, dtype=torch.int32)
+    made = (out, counts, counts, counts.long())
+    _, args, constants = listing.launch(units, rows, keys, rows, keys, 64, made)
+    return compile_launch(listing._lists_kernel, capability, args, constants)
+
+
+def compile_budget(capability: int, which: str) -> triton.compiler.CompiledKernel:
+    score, keep = torch.zeros(1, 40, 591, 591), torch.zeros(591, 591, dtype=torch.bool)
+    cost, out = torch.zeros(1, 1, 591), torch.zeros(1, 40, 591, 591, dtype=torch.bool)
+    if which == "rows":
+        _, args, constants = budgeting.launch_rows(score, keep, cost, 0.3, out)
+        return compile_launch(budgeting._rows_kernel, capability, args, constants)
+    found = (torch.zeros(1, 40, dtype=torch.int32), torch.zeros(1, 40), torch.zeros(1, 40, 591, dtype=torch.int64))
+    both = budgeting.launch_heads(score, keep, cost, cost, 0.3, found, out)
+    kernel, (_, args, constants) = both[which == "cut"]
+    return compile_launch(kernel, capability, args, constants)
+
+
 OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "pack": compile_pack,
     "merge": compile_merge,
     "means": lambda capability: compile_means(capability, ragged=False),
     "means-ragged": lambda capability: compile_means(capability, ragged=True),
+    "lists": lambda capability: compile_lists(capability, bits=False),
+    "lists-bits": lambda capability: compile_lists(capability, bits=True),
+    "budget-rows": lambda capability: compile_budget(capability, "rows"),
+    "budget-limit": lambda capability: compile_budget(capability, "limit"),
+    "budget-cut": lambda capability: compile_budget(capability, "cut"),
     "assign-64": lambda capability: compile_assign(capability, 64, BF16),
     "assign-128": lambda capability: compile_assign(capability, 128, BF16),
     "assign-256": lambda capability: compile_assign(capability, 256, BF16),
