@@ -58,7 +58,7 @@ HOST_ONLY = (
     "alias",
     "_unsafe_view",
 )
-OUTPUT_ONLY = ("_attention_kernel", "_pack_kernel", "_merge_kernel")  # no decision hangs on what these compute
+RUN = ("_assign_kernel", "_lists_kernel")  # they compute places in other tensors; of the rest any values will do
 KERNELS = sorted(path.parent.name for path in (Path(__file__).parents[1] / "kernels").glob("*/triton.py"))
 
 
@@ -98,7 +98,7 @@ def staged(change: Callable[[str], None]) -> Iterator[None]:
 class Launches(TorchDispatchMode):
     """Count by stage what a GPU would be given to do: torch's operations that are no views, and Triton's kernels.
 
-    The attention itself is counted and not run.
+    Most kernels are counted and not run, so what a counted call returns means nothing.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class Launches(TorchDispatchMode):
 
 
 class _Counted:
-    """A Triton kernel that says when it would be launched, and runs only where something follows from it."""
+    """A Triton kernel that says when it would be launched."""
 
     def __init__(self, kernel: Any, name: str, launches: Launches) -> None:
         self._kernel, self._name, self._launches = kernel, name, launches
@@ -154,7 +154,7 @@ class _Counted:
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
             with self._launches.launching(self._name):
-                return None if self._name in OUTPUT_ONLY else self._kernel[grid](*args, **kwargs)
+                return self._kernel[grid](*args, **kwargs) if self._name in RUN else None
 
         return launch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -83,10 +84,11 @@ def pooled(scene: Scene, config: PooledScore) -> torch.Tensor:
     """
     q, k = grid_means(scene.cut.q, scene.q), grid_means(scene.cut.k, scene.k)
     tokens = grid_weights(scene.cut.k)[..., None, :]
-    middle = torch.zeros_like(k[:, :, :1])
+    middle = None
     if config.smooth:
         middle = (k * tokens.mT).sum(2, keepdim=True) / tokens.sum(-1, keepdim=True)
-    logits = q @ (k - middle).mT
+        k = k - middle
+    logits = q @ k.mT
     if not config.softmax:
         return logits
     logits = logits * scene.scale
@@ -94,7 +96,7 @@ def pooled(scene: Scene, config: PooledScore) -> torch.Tensor:
         logits = logits + tokens.log()  # an empty cluster weighs nothing
     if config.trust is None:
         return logits.softmax(-1)
-    keys = scene.k.float() - middle.transpose(1, 2)
+    keys = scene.k.float() if middle is None else scene.k.float() - middle.transpose(1, 2)
     apart_q = likeness(scene.cut.q, scene.q.float()) < config.trust
     apart_k = likeness(scene.cut.k, keys) < config.trust
     share = logits.masked_fill(apart_k[:, :, None], float("-inf")).softmax(-1)
@@ -113,20 +115,14 @@ def grid_means(side: Side, x: torch.Tensor) -> torch.Tensor:
     """Average the tokens of each grid unit, [B, S, H, D] -> float32 [B, H, units, D]; empty units give 0."""
     if side.means is not None:
         return side.means
-    return unit_means(x, side.slots, _bounds(side))[:, :, side.grid]
+    if side.grid_slots is not None:
+        return unit_means(x, side.grid_slots, side.per * side.block)
+    return side.on_grid(unit_means(x, side.slots, side.bounds), 2)
 
 
 def grid_weights(side: Side) -> torch.Tensor:
     """Return the tokens of each grid unit, float32 [B|1, H|1, units]."""
-    return side.weights[..., side.grid]
-
-
-def _bounds(side: Side) -> int | torch.Tensor:
-    """Return the slots of every unit, or the first of each and the end, int64 [B|1, H|1, units + 1]."""
-    if side.per:
-        return side.per * side.block
-    units = torch.arange(side.units + 1, device=side.owner.device).expand(*side.owner.shape[:2], -1)
-    return torch.searchsorted(side.owner.contiguous(), units.contiguous()) * side.block
+    return side.grid_weights
 
 
 def in_slots(side: Side, x: torch.Tensor) -> torch.Tensor:
@@ -145,11 +141,9 @@ def subtiles(scene: Scene, config: SubtileScore) -> torch.Tensor:
     DFSAttn (ICML 2026) with 16 tokens along a Hilbert curve. There a ragged last piece is averaged with
     zeros; here a piece counts by its real tokens.
     """
-    q, q_tokens = _pieces(scene.tiling, scene.q, config.tokens)
-    k, k_tokens = _pieces(scene.tiling, scene.k, config.tokens)
-    means_q = q.sum(-2) / q_tokens.clamp(min=1)[..., None]
-    means_k = k.sum(-2) / k_tokens.clamp(min=1)[..., None]
-    return _summed_softmax(means_q, means_k, q_tokens, k_tokens, scene.scale, len(scene.cut.q.grid))
+    runs = _runs(scene.tiling, config.tokens, scene.q.device)
+    means_q, means_k = (unit_means(x, runs.slots[None, None], runs.length) for x in (scene.q, scene.k))
+    return _summed_softmax(means_q, means_k, runs.tokens, scene.scale, len(scene.cut.q.grid))
 
 
 def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
@@ -158,46 +152,66 @@ def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
     XAttention, Xu et al. 2025, arXiv 2503.16428: queries in reversed order against keys in order, inside each run of
     `stride` tokens. Where a run is ragged, its mean stands for the missing tokens and it counts by its real ones.
     """
-    stride = config.stride
-    q, q_tokens = _pieces(scene.tiling, scene.q, stride)
-    k, k_tokens = _pieces(scene.tiling, scene.k, stride)
-    flat_q, flat_k = _filled(q, q_tokens).flip(-2).flatten(-2), _filled(k, k_tokens).flatten(-2)
-    return _summed_softmax(flat_q, flat_k, q_tokens, k_tokens, scene.scale / stride, len(scene.cut.q.grid))
+    runs = _runs(scene.tiling, config.stride, scene.q.device)
+    q, k = (_filled(_pieces(runs, x), runs) for x in (scene.q, scene.k))
+    flat_q, flat_k = q.flip(-2).flatten(-2), k.flatten(-2)
+    return _summed_softmax(flat_q, flat_k, runs.tokens, scene.scale / config.stride, len(scene.cut.q.grid))
 
 
-def _pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the grid units into runs of slots, float32 [B, H, runs, length, D] (0 in holes), and count their tokens."""
-    uploaded = tiling.on(x.device)
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Runs of `length` slots of the grid units: int32 `slots`, int64 `at` without holes, `hole`s [runs, length, 1].
+
+    `tokens` float32 [runs] are counted; `holes` says whether there is any hole.
+    """
+
+    length: int
+    slots: torch.Tensor
+    at: torch.Tensor
+    hole: torch.Tensor
+    tokens: torch.Tensor
+    holes: bool
+
+
+@lru_cache(maxsize=64)
+def _runs(tiling: Tiling, length: int, device: torch.device) -> _Runs:
+    """Cut the grid units into runs of slots, at most a unit long; made once a device."""
     length = min(length, tiling.unit)
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units].view(-1, length)
-    picked = x[:, slots.clamp(min=0).long().flatten()].transpose(1, 2).unflatten(2, (-1, length)).float()
-    return picked.masked_fill((slots < 0)[..., None], 0), (slots >= 0).sum(-1).float()
+    slots = torch.from_numpy(tiling.slots.reshape(tiling.units, -1)[tiling.grid].reshape(-1)).to(device)
+    hole = (slots < 0).view(-1, length, 1)
+    tokens = (~hole).sum((1, 2)).float()
+    return _Runs(length, slots, slots.clamp(min=0).long(), hole, tokens, bool((tiling.tokens < tiling.unit).any()))
 
 
-def _filled(pieces: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Put each run's mean in its holes (holes lie at the end of a run)."""
-    mean = pieces.sum(-2, keepdim=True) / tokens.clamp(min=1)[:, None, None]
-    hole = torch.arange(pieces.shape[-2], device=pieces.device) >= tokens[:, None]
-    return torch.where(hole[..., None], mean, pieces)
+def _pieces(runs: _Runs, x: torch.Tensor) -> torch.Tensor:
+    """Lay [B, S, H, D] into runs of slots, float32 [B, H, runs, length, D], 0 in holes."""
+    picked = x[:, runs.at].transpose(1, 2).unflatten(2, (-1, runs.length)).float()
+    return picked.masked_fill(runs.hole, 0) if runs.holes else picked
 
 
-def _summed_softmax(
-    q: torch.Tensor, k: torch.Tensor, q_tokens: torch.Tensor, k_tokens: torch.Tensor, scale: float, units: int
-) -> torch.Tensor:
+def _filled(pieces: torch.Tensor, runs: _Runs) -> torch.Tensor:
+    """Put each run's mean in its holes."""
+    if not runs.holes:
+        return pieces
+    mean = pieces.sum(-2, keepdim=True) / runs.tokens.clamp(min=1)[:, None, None]
+    return torch.where(runs.hole, mean, pieces)
+
+
+def _summed_softmax(q: torch.Tensor, k: torch.Tensor, tokens: torch.Tensor, scale: float, units: int) -> torch.Tensor:
     """Softmax the products of runs, a key run counted by its tokens, and average to units; a few units at a time.
 
     `q`, `k` [B, H, runs, C], `tokens` [runs], as many runs in each of `units`; float32 [B, H, units, units] out.
     """
     b, h, runs, _ = q.shape
     each = runs // units
-    weigh = k_tokens.log()
+    weigh = tokens.log()
     out = []
     for first in range(0, units, max(1, BYTES // (4 * b * h * each * runs))):
         rows = slice(first * each, (first + max(1, BYTES // (4 * b * h * each * runs))) * each)
         share = (q[:, :, rows] @ k.mT * scale + weigh).softmax(-1)
-        share = share.unflatten(-1, (units, each)).sum(-1) * q_tokens[rows][:, None]
+        share = share.unflatten(-1, (units, each)).sum(-1) * tokens[rows][:, None]
         share = share.unflatten(2, (-1, each)).sum(3)
-        out.append(share / q_tokens[rows].view(-1, each).sum(-1)[:, None])
+        out.append(share / tokens[rows].view(-1, each).sum(-1)[:, None])
     return torch.cat(out, 2)
 
 
