@@ -35,7 +35,7 @@ class Branch:
     `full_count` hold no holes and need no predicate. `q_order`, `k_order` int32 [B|1, H|1, slots]: slot to
     token, -1 a hole, None the identity. `key_bias` float [B|1, H|1, keys] is added to the logits.
     `skip_heads` bool [B|1, H] marks heads that this branch leaves out on purpose. `every_query`: each query lies in
-    some slot.
+    some slot. `pack`: keys are read often enough to be copied into slot order first.
     """
 
     block_q: int
@@ -49,6 +49,7 @@ class Branch:
     predicate: Predicate | None = None
     skip_heads: torch.Tensor | None = None
     every_query: bool = False
+    pack: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +73,7 @@ class Branch:
             predicate=self.predicate,
             scale=given.scale,
             every_query=self.every_query,
+            pack=self.pack,
         )
 
     def block_mask(self, key_blocks: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
-from ..kernels.unit_means import unit_means
+from ..kernels.unit_means import unit_means, unit_means_of_two
 from . import rows
 from .cut import Cut, Side
 from .rows import BYTES
@@ -82,7 +82,7 @@ def pooled(scene: Scene, config: PooledScore) -> torch.Tensor:
     al. 2025: units whose tokens point apart are not judged by their mean. Without `softmax` the bare products (VMoBA,
     Wu et al. 2025).
     """
-    q, k = grid_means(scene.cut.q, scene.q), grid_means(scene.cut.k, scene.k)
+    q, k = _both_means(scene)
     tokens = grid_weights(scene.cut.k)[..., None, :]
     middle = None
     if config.smooth:
@@ -120,6 +120,14 @@ def grid_means(side: Side, x: torch.Tensor) -> torch.Tensor:
     return side.on_grid(unit_means(x, side.slots, side.bounds), 2)
 
 
+def _both_means(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the means of queries and of keys, from one reading of the order where both lie alike."""
+    q, k = scene.cut.q, scene.cut.k
+    if q.grid_slots is None or k.grid_slots is None or q.per * q.block != k.per * k.block:
+        return grid_means(q, scene.q), grid_means(k, scene.k)
+    return unit_means_of_two(scene.q, scene.k, q.grid_slots, q.per * q.block)
+
+
 def grid_weights(side: Side) -> torch.Tensor:
     """Return the tokens of each grid unit, float32 [B|1, H|1, units]."""
     return side.grid_weights
@@ -142,7 +150,7 @@ def subtiles(scene: Scene, config: SubtileScore) -> torch.Tensor:
     zeros; here a piece counts by its real tokens.
     """
     runs = _runs(scene.tiling, config.tokens, scene.q.device)
-    means_q, means_k = (unit_means(x, runs.slots[None, None], runs.length) for x in (scene.q, scene.k))
+    means_q, means_k = unit_means_of_two(scene.q, scene.k, runs.slots[None, None], runs.length)
     return _summed_softmax(means_q, means_k, runs.tokens, scene.scale, len(scene.cut.q.grid))
 
 

@@ -33,6 +33,7 @@ def block_sparse_attention(
     predicate: Predicate | None = None,
     scale: float | None = None,
     every_query: bool = False,
+    pack: bool = True,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention of each query block over its own list of key blocks.
@@ -60,6 +61,8 @@ def block_sparse_attention(
         scale: factor of the logits, positive; None is D ** -0.5.
         every_query: says that each query lies in a slot of `q_order` (not checked), so that nothing needs to be
             filled in for those that lie in none.
+        pack: whether keys and values may be copied into slot order first, which gains where each is read more than a
+            few times.
         backend: None takes Triton on CUDA and "cpu" on a CPU where they can run, else the reference; a name is obeyed.
 
     Returns:
@@ -74,7 +77,7 @@ def block_sparse_attention(
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
-    order = (full_count, q_order, k_order, key_bias, predicate, scale, every_query)
+    order = (full_count, q_order, k_order, key_bias, predicate, scale, every_query, pack)
     lists = (q, k, v, index, count, block_q, block_k, *order)
     if torch.compiler.is_compiling():
         return traced(*lists, backend)
@@ -160,6 +163,7 @@ def _checked(
     predicate: Predicate | None,
     scale: float | None,
     every_query: bool = False,
+    pack: bool = True,
 ) -> Problem:
     _check_qkv(q, k, v)
     for name, block in (("block_q", block_q), ("block_k", block_k)):
@@ -190,7 +194,7 @@ def _checked(
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"scale is {scale}; expected a positive finite number")
-    order = (full_count, q_order, k_order, key_bias, predicate, factor, every_query)
+    order = (full_count, q_order, k_order, key_bias, predicate, factor, every_query, pack)
     return Problem(q, k, v, index, count, block_q, block_k, *order)
 
 

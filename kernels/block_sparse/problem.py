@@ -44,6 +44,7 @@ class Problem:
     predicate: Predicate | None
     scale: float
     every_query: bool = False
+    pack: bool = True
 
     @property
     def splits(self) -> bool:

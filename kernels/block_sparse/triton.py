@@ -272,7 +272,7 @@ def launch(problem: Problem, tile: Tile, out: Tensor, lse: Tensor) -> tuple[tupl
     batch, q_len, heads, dim = q.shape
     q_order = None if problem.q_order is None else problem.q_order.contiguous()
     k_order = None if problem.k_order is None else problem.k_order.contiguous()
-    packed = tile.pack and k_order is not None and _can_pack(problem)
+    packed = tile.pack and problem.pack and k_order is not None and _can_pack(problem)
     if packed:
         k, v = _pack(k, v, k_order)
     k_desc, v_desc = None, None

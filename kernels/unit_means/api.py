@@ -36,17 +36,42 @@ def unit_means(x: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backe
     of different lengths in no fixed order; Triton always gives the same result.
     """
     _check(x, slots, bounds)
+    if _uses_triton(x, slots, backend):
+        from .triton import means
+    else:
+        from .reference import means
+    return means(x, slots, bounds).contiguous()
+
+
+def unit_means_of_two(
+    x: Tensor, y: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Average the tokens of each unit in two tensors of one shape and dtype, such as queries and keys, in one launch.
+
+    As `unit_means` of each of them, bit for bit.
+    """
+    _check(x, slots, bounds)
+    _check(y, slots, bounds)
+    if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
+        raise ValueError(f"x is {list(x.shape)} {x.dtype}, y {list(y.shape)} {y.dtype}; expected them alike")
+    if _uses_triton(x, slots, backend):
+        from .triton import means
+
+        both = means(x, slots, bounds, y)
+        return both[0], both[1]
+    from .reference import means
+
+    return means(x, slots, bounds).contiguous(), means(y, slots, bounds).contiguous()
+
+
+def _uses_triton(x: Tensor, slots: Tensor, backend: Backend | None) -> bool:
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
     wanted = backend or ("triton" if wants_triton(x) else "reference")
     reasons = unsupported_reasons(wanted, x)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot average x {list(x.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons and x.numel() and slots.numel():
-        from .triton import means
-    else:
-        from .reference import means
-    return means(x, slots, bounds).contiguous()
+    return wanted == "triton" and not reasons and x.numel() > 0 and slots.numel() > 0
 
 
 def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:

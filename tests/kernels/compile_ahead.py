@@ -97,12 +97,12 @@ def compile_merge(capability: int) -> triton.compiler.CompiledKernel:
     return compile_launch(merging._merge_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
 
 
-def compile_means(capability: int, ragged: bool) -> triton.compiler.CompiledKernel:
-    """Equal units as a score asks for them, or those of clusters, which every head has for itself."""
+def compile_means(capability: int, ragged: bool, two: bool = False) -> triton.compiler.CompiledKernel:
+    """Equal units as a score asks for them, of one tensor or two, or those of clusters, which each head has its own."""
     x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
     slots = torch.zeros(1, 16 if ragged else 1, 1024, dtype=torch.int32)
     bounds = torch.zeros(1, 16, 9, dtype=torch.int64) if ragged else 128
-    _, args, constants = averaging.launch(x, slots, bounds, out)
+    _, args, constants = averaging.launch(x, slots, bounds, out, x if two else None)
     return compile_launch(averaging._means_kernel, capability, args, constants)
 
 
@@ -139,6 +139,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "pack": compile_pack,
     "merge": compile_merge,
     "means": lambda capability: compile_means(capability, ragged=False),
+    "means-two": lambda capability: compile_means(capability, ragged=False, two=True),
     "means-ragged": lambda capability: compile_means(capability, ragged=True),
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
