@@ -115,12 +115,7 @@ def _text_logits(side: Side, q: torch.Tensor, inputs: Inputs) -> torch.Tensor:
 
 def _spread(side: Side, x: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """Return each grid unit's mean absolute difference from its mean, channel by channel, [B, H, units, D]."""
-    b, _, h, d = x.shape
-    whole = torch.zeros(b, h, side.units, d, device=x.device)
-    whole[:, :, side.grid] = means
-    unit = side.unit_of_token(x.shape[1]).expand(b, h, -1)
-    apart = (x.transpose(1, 2).float() - whole.gather(2, unit[..., None].expand(-1, -1, -1, d))).abs()
-    return grid_means(side, apart.transpose(1, 2))
+    return grid_means(side, x, means, "apart")
 
 
 # Delta -------------------------------------------------------------------------------------------------------------

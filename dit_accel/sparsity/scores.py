@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
-from ..kernels.unit_means import unit_means, unit_means_of_two
+from ..kernels.unit_means import Form, unit_means, unit_means_of_two
 from . import rows
 from .cut import Cut, Side
 from .rows import BYTES
@@ -96,28 +96,33 @@ def pooled(scene: Scene, config: PooledScore) -> torch.Tensor:
         logits = logits + tokens.log()  # an empty cluster weighs nothing
     if config.trust is None:
         return logits.softmax(-1)
-    keys = scene.k.float() if middle is None else scene.k.float() - middle.transpose(1, 2)
-    apart_q = likeness(scene.cut.q, scene.q.float()) < config.trust
-    apart_k = likeness(scene.cut.k, keys) < config.trust
+    apart_q = likeness(scene.cut.q, scene.q) < config.trust
+    apart_k = likeness(scene.cut.k, scene.k, middle) < config.trust
     share = logits.masked_fill(apart_k[:, :, None], float("-inf")).softmax(-1)
     return share.masked_fill(apart_q[..., None] | apart_k[:, :, None], float("inf"))
 
 
-def likeness(side: Side, x: torch.Tensor) -> torch.Tensor:
+def likeness(side: Side, x: torch.Tensor, middle: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean cosine of all pairs of tokens within each grid unit, float32 [B, H, units].
 
-    The mean of the Gram matrix of unit vectors is the squared length of their mean.
+    `middle` float32 [B, H, 1, D] is subtracted from the tokens. The mean of the Gram matrix of unit vectors is the
+    squared length of their mean.
     """
-    return grid_means(side, torch.nn.functional.normalize(x, dim=-1)).square().sum(-1)
+    return grid_means(side.without_means(), x, middle, "direction").square().sum(-1)
 
 
-def grid_means(side: Side, x: torch.Tensor) -> torch.Tensor:
-    """Average the tokens of each grid unit, [B, S, H, D] -> float32 [B, H, units, D]; empty units give 0."""
+def grid_means(side: Side, x: torch.Tensor, centre: torch.Tensor | None = None, form: Form = "plain") -> torch.Tensor:
+    """Average the tokens of each grid unit, [B, S, H, D] -> float32 [B, H, units, D]; empty units give 0.
+
+    `centre` float32 [B, H, units on a grid|1, D] and `form` as in `unit_means`.
+    """
     if side.means is not None:
         return side.means
     if side.grid_slots is not None:
-        return unit_means(x, side.grid_slots, side.per * side.block)
-    return side.on_grid(unit_means(x, side.slots, side.bounds), 2)
+        return unit_means(x, side.grid_slots, side.per * side.block, centre=centre, form=form)
+    if centre is not None and centre.shape[2] > 1:  # units of text lie behind those on a grid
+        centre = torch.nn.functional.pad(centre, (0, 0, 0, side.units - centre.shape[2]))
+    return side.on_grid(unit_means(x, side.slots, side.bounds, centre=centre, form=form), 2)
 
 
 def _both_means(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,7 +102,14 @@ def compile_means(capability: int, ragged: bool, two: bool = False) -> triton.co
     x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
     slots = torch.zeros(1, 16 if ragged else 1, 1024, dtype=torch.int32)
     bounds = torch.zeros(1, 16, 9, dtype=torch.int64) if ragged else 128
-    _, args, constants = averaging.launch(x, slots, bounds, out, x if two else None)
+    _, args, constants = averaging.launch(x, slots, bounds, out, y=x if two else None)
+    return compile_launch(averaging._means_kernel, capability, args, constants)
+
+
+def compile_form(capability: int, form: str) -> triton.compiler.CompiledKernel:
+    x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
+    centre = torch.zeros(1, 16, 8, 128)
+    _, args, constants = averaging.launch(x, torch.zeros(1, 1, 1024, dtype=torch.int32), 128, out, centre, form)
     return compile_launch(averaging._means_kernel, capability, args, constants)
 
 
@@ -139,6 +146,8 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "pack": compile_pack,
     "merge": compile_merge,
     "means": lambda capability: compile_means(capability, ragged=False),
+    "means-direction": lambda capability: compile_form(capability, "direction"),
+    "means-apart": lambda capability: compile_form(capability, "apart"),
     "means-two": lambda capability: compile_means(capability, ragged=False, two=True),
     "means-ragged": lambda capability: compile_means(capability, ragged=True),
     "lists": lambda capability: compile_lists(capability, bits=False),
