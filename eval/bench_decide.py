@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,20 @@ def counted(calls: Calls, kind: str) -> Launches:
     return launches
 
 
-def count(names: Sequence[str], case: Case) -> Table:
-    """Return the launches of each recipe's kinds of calls, on small units, with the kernels an H100 would be given."""
+@contextmanager
+def as_on_an_h100() -> Iterator[None]:
+    """Give any device the kernels that an H100 would be given for half precision, 128 channels and large blocks."""
     from dit_accel.kernels.block_sparse import tiles, triton
 
     def tile(problem: Any) -> tiles.Tile:
         return tiles.choose((9, 0), 128, 2, 128, 64, triton.kind_of(problem))
 
+    with prefer("triton"), patch.object(triton, "_tile_for", tile):
+        yield
+
+
+def count(names: Sequence[str], case: Case) -> Table:
+    """Return the launches of each recipe's kinds of calls, on small units."""
     table = Table(title="launches of one planned call", box=box.MARKDOWN)
     for name in ("recipe", "call", "of a run", *STAGES, "all"):
         table.add_column(name, justify="left" if name in ("recipe", "call") else "right", no_wrap=True)
@@ -119,7 +126,7 @@ def count(names: Sequence[str], case: Case) -> Table:
         if "again" in kinds:  # the first call of a run differs from these in the iterations of k-means alone
             kinds.pop("first")
         for kind, times in kinds.items():
-            with prefer("triton"), patch.object(triton, "_tile_for", tile):
+            with as_on_an_h100():
                 got = counted(calls, kind)
             shown = (str(got.total(stage) or "") for stage in STAGES)
             table.add_row(name, kind, str(times), *shown, str(got.total()))

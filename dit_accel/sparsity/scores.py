@@ -197,8 +197,8 @@ def _runs(tiling: Tiling, length: int, device: torch.device) -> _Runs:
 
 
 def _pieces(runs: _Runs, x: torch.Tensor) -> torch.Tensor:
-    """Lay [B, S, H, D] into runs of slots, float32 [B, H, runs, length, D], 0 in holes."""
-    picked = x[:, runs.at].transpose(1, 2).unflatten(2, (-1, runs.length)).float()
+    """Lay [B, S, H, D] into runs of slots, [B, H, runs, length, D] as operands of a product, 0 in holes."""
+    picked = rows.operand(x[:, runs.at].transpose(1, 2).unflatten(2, (-1, runs.length)))
     return picked.masked_fill(runs.hole, 0) if runs.holes else picked
 
 
@@ -206,8 +206,8 @@ def _filled(pieces: torch.Tensor, runs: _Runs) -> torch.Tensor:
     """Put each run's mean in its holes."""
     if not runs.holes:
         return pieces
-    mean = pieces.sum(-2, keepdim=True) / runs.tokens.clamp(min=1)[:, None, None]
-    return torch.where(runs.hole, mean, pieces)
+    mean = pieces.sum(-2, keepdim=True, dtype=torch.float32) / runs.tokens.clamp(min=1)[:, None, None]
+    return torch.where(runs.hole, mean.to(pieces.dtype), pieces)
 
 
 def _summed_softmax(q: torch.Tensor, k: torch.Tensor, tokens: torch.Tensor, scale: float, units: int) -> torch.Tensor:
@@ -220,11 +220,11 @@ def _summed_softmax(q: torch.Tensor, k: torch.Tensor, tokens: torch.Tensor, scal
     weigh = tokens.log()
     out = []
     for first in range(0, units, max(1, BYTES // (4 * b * h * each * runs))):
-        rows = slice(first * each, (first + max(1, BYTES // (4 * b * h * each * runs))) * each)
-        share = (q[:, :, rows] @ k.mT * scale + weigh).softmax(-1)
-        share = share.unflatten(-1, (units, each)).sum(-1) * tokens[rows][:, None]
+        part = slice(first * each, (first + max(1, BYTES // (4 * b * h * each * runs))) * each)
+        share = (rows.product(q[:, :, part], k.mT) * scale + weigh).softmax(-1)
+        share = share.unflatten(-1, (units, each)).sum(-1) * tokens[part][:, None]
         share = share.unflatten(2, (-1, each)).sum(3)
-        out.append(share / tokens[rows].view(-1, each).sum(-1)[:, None])
+        out.append(share / tokens[part].view(-1, each).sum(-1)[:, None])
     return torch.cat(out, 2)
 
 
@@ -293,7 +293,7 @@ def _products(
     uploaded, tiling = scene.tiling.on(q.device), scene.tiling
     slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
     b, s, h, _ = k.shape
-    keys = k.permute(0, 2, 3, 1).float()
+    keys = rows.operand(k.permute(0, 2, 3, 1))
     for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
-        queries = q[:, part.clamp(min=0).long().flatten()].transpose(1, 2).float()
-        yield (queries @ keys * scale).unflatten(2, part.shape), (part >= 0).float()
+        queries = rows.operand(q[:, part.clamp(min=0).long().flatten()].transpose(1, 2))
+        yield (rows.product(queries, keys) * scale).unflatten(2, part.shape), (part >= 0).float()
