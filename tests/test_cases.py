@@ -25,6 +25,8 @@ HEADS = {
     "options": [{"select": {"kind": "band", "density": 0.2}}, {"select": {"kind": "all"}}],
     "given": [1, 0],
 }
+SORTED = {"order": {"kind": "importance"}, "score": {"kind": "pooled"}, "select": {"kind": "top-k"}}
+TILED = {"order": {"kind": "tile"}, "select": {"kind": "all"}}
 RECIPE: Recipe = resolve("draft", density=0.3, picture=(1, 4, 4), block_q=16, block_k=16, dense_steps=0)
 
 
@@ -97,14 +99,13 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
         ({"base": "svg1", "correct": {"kind": "centroids"}}, "can only be corrected by 'delta'"),
         ({"base": "draft", "correct": {"kind": "delts"}}, "Did you mean 'delta'?"),
         ({"base": "svg1", "heads": {"options": []}}, "at least 1 item"),
-        ({"base": "svg1", "heads": {**HEADS, "given": [2]}}, "given names option 2"),
+        ({"base": "svg1", "heads": {**HEADS, "given": [3]}}, "given names option 3"),
         ({"base": "svg1", "heads": {**HEADS, "givn": [0]}}, "Did you mean 'given'?"),
         ({"base": "svg2", "drift": 0.1}, "one order of places"),
         ({"base": "adaspa", "drift": 0.1}, "name one"),
-        (
-            {"base": "svg1", "heads": {"options": [{"order": {"kind": "tile"}, "select": {"kind": "band"}}]}},
-            "lies in runs",
-        ),
+        ({"base": "svg1", "heads": {"options": [TILED, {"select": {"kind": "band"}}]}}, "in the same tiles"),
+        ({"base": "svg1", "heads": {"options": [SORTED]}}, "lies by place"),
+        ({"base": "svg1", "search": HEADS}, "name one of them"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message: str) -> None:

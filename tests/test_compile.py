@@ -284,7 +284,7 @@ def test_opcheck_of_the_kernels() -> None:
     torch.library.opcheck(rows_op, (score, keep, cost, 0.3, None, None))
     torch.library.opcheck(rows_op, (score, keep, cost, 0.0, torch.full((2, 1, 5, 1), 3.0), "reference"))
     torch.library.opcheck(heads_op, (score, keep, torch.ones(5), cost, 0.3, None))
-    torch.library.opcheck(mass_op, (score, keep, 0.5, 0.25, None))
+    torch.library.opcheck(mass_op, (score, keep, 0.5, 0.25, None, None))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from .order import (
     StaticOrder,
     TileOrder,
 )
+from .profile import Made, Profile
 from .recipe import AXES, Case, Recipe
 from .score import (
     AntidiagonalScore,
@@ -30,6 +31,7 @@ from .score import (
 )
 from .select import (
     AllSelect,
+    Along,
     BandSelect,
     ColumnSelect,
     CumulativeSelect,
@@ -50,6 +52,7 @@ from .select import (
 __all__ = [
     "AXES",
     "AllSelect",
+    "Along",
     "AntidiagonalScore",
     "Axes",
     "AxesOrder",
@@ -72,6 +75,7 @@ __all__ = [
     "KMeansOrder",
     "Keeps",
     "LinesSelect",
+    "Made",
     "MassCorrect",
     "MassScore",
     "NeighborhoodSelect",
@@ -80,6 +84,7 @@ __all__ = [
     "Order",
     "PercentileSelect",
     "PooledScore",
+    "Profile",
     "RadialSelect",
     "RasterOrder",
     "Recipe",

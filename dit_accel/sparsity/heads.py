@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 
 from ..config import HeadChoice
-from ..errors import PlanError
 from . import rows
 from .cut import Cut, Side
 from .inputs import Inputs
@@ -24,22 +23,45 @@ def choose(
     density, over rows spread over the grid, the price given or such that it spends the budget. A head of which every
     option loses more than the limit, or whose losses are not finite, computes everything.
     """
-    best = _given(config, inputs) if config.given else _best(config, options, inputs)
+    best = _best(config, options, inputs)
     everything = options[0][0]
     options = [*options, (everything, torch.ones_like(options[0][1]))]
-    cut = Cut(
-        everything.length,
-        _merge([option.q for option, _ in options], best),
-        _merge([option.k for option, _ in options], best),
-    )
+    cut = _merged([cut for cut, _ in options], best)
     mask = _pick([_grown(mask, cut.q.units, cut.k.units) for _, mask in options], best)
     return cut, mask, ~mask.any(-1).any(-1)
 
 
+@lru_cache(maxsize=4096)
+def takers(given: tuple[int, ...], device: torch.device) -> dict[int, torch.Tensor]:
+    """Return the heads, int64, that are given each number, uploaded once."""
+    return {
+        number: torch.tensor([head for head, its in enumerate(given) if its == number], device=device)
+        for number in sorted(set(given))
+    }
+
+
+def assembled(
+    parts: list[tuple[torch.Tensor, Cut, torch.Tensor]], heads: int
+) -> tuple[Cut, torch.Tensor, torch.Tensor]:
+    """Return the cut and unit mask of all heads, and which compute nothing, from those of disjoint groups of heads.
+
+    `parts`: heads int64 [n], how they lie, and their mask, bool [B|1, n|1, query units, key units].
+    """
+    cuts = [cut for _, cut, _ in parts]
+    which = torch.zeros(1, heads, dtype=torch.int64, device=parts[0][0].device)
+    for number, (at, _, _) in enumerate(parts):
+        which.index_fill_(1, at, number)
+    cut = cuts[0] if all(cut is cuts[0] for cut in cuts) else _merged(cuts, which)
+    batch = max(mask.shape[0] for _, _, mask in parts)
+    out = torch.zeros(batch, heads, cut.q.units, cut.k.units, dtype=torch.bool, device=which.device)
+    for at, _, mask in parts:
+        out.index_copy_(1, at, _grown(mask, cut.q.units, cut.k.units).expand(batch, len(at), -1, -1))
+    return cut, out, ~out.any(-1).any(-1)
+
+
 def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> torch.Tensor:
     """Return the number of the option each head takes, int64 [B, H]; one more than the last is everything."""
-    losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
-    computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
+    losses, computed = measured(config, options, inputs)
     price = config.price if config.budget is None else _price(losses, computed, config.budget)
     best = (losses + price * computed).argmin(0)
     unsure = ~torch.isfinite(losses).all(0)
@@ -48,17 +70,12 @@ def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: I
     return torch.where(unsure, len(options), best)
 
 
-def _given(config: HeadChoice, inputs: Inputs) -> torch.Tensor:
-    """Return the numbers that the settings name, int64 [B, H]."""
-    batch, _, heads, _ = inputs.q.shape
-    if len(config.given) != heads:
-        raise PlanError(f"heads.given names options for {len(config.given)} heads, but the attention has {heads}.")
-    return _upload(config.given, inputs.q.device).expand(batch, -1)
-
-
-@lru_cache(maxsize=256)
-def _upload(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, device=device)[None]
+def measured(
+    config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each option loses and which share of all pairs it computes, float32 [options, B, H] both."""
+    losses = torch.stack(_losses(config, options, inputs))
+    return losses, torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
 
 
 def _price(losses: torch.Tensor, computed: torch.Tensor, budget: float) -> torch.Tensor:
@@ -110,6 +127,10 @@ def _density(cut: Cut, mask: torch.Tensor) -> torch.Tensor:
 
 def _grown(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
     return torch.nn.functional.pad(mask, (0, keys - mask.shape[-1], 0, queries - mask.shape[-2]))
+
+
+def _merged(cuts: list[Cut], best: torch.Tensor) -> Cut:
+    return Cut(cuts[0].length, _merge([cut.q for cut in cuts], best), _merge([cut.k for cut in cuts], best))
 
 
 def _merge(sides: list[Side], best: torch.Tensor) -> Side:

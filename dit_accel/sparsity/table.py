@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import get_args
 
 from ..config import (
     AllSelect,
+    Along,
     AntidiagonalScore,
     Axes,
     AxesOrder,
@@ -75,6 +77,7 @@ TIDAL = "TidalDecode, Yang et al. 2024, arXiv 2410.05076"
 
 GRAT_TILES = TileOrder(picture=(1, 16, 16), video=(4, 8, 8))
 DRAFT_TILES = TileOrder(picture=(1, 8, 16), video=(1, 8, 16))
+STA_TILES = TileOrder(picture=(1, 16, 16), video=(6, 8, 8))
 CUBES = TileOrder(picture=(1, 8, 8), video=(4, 4, 4))
 NOTHING = Keeps(own=False)
 
@@ -85,6 +88,15 @@ def _by_name(*recipes: Recipe) -> dict[str, Recipe]:
 
 def _band(axes: Axes = "fhw", density: float = 0.3) -> Option:
     return Option(order=AxesOrder(axes=axes), select=BandSelect(density=density))
+
+
+def _windows(*densities: float) -> Iterator[Option]:
+    """Yield windows of tiles that span some axes whole, or none."""
+    for density in densities:
+        for along in get_args(Along):
+            select = NeighborhoodSelect(stride=(1, 1, 1), along=along, per="tile", density=density)
+            yield Option(order=STA_TILES, select=select)
+    yield Option(order=STA_TILES, select=AllSelect())
 
 
 BY_PLACE = _by_name(
@@ -100,8 +112,9 @@ BY_PLACE = _by_name(
     Recipe(name="clear", order=CUBES, select=DiskSelect(radius=16), keeps=NOTHING, sources=(CLEAR,)),
     Recipe(
         name="sta",
-        order=TileOrder(picture=(1, 16, 16), video=(6, 8, 8)),
+        order=STA_TILES,
         select=NeighborhoodSelect(kernel=(3, 3, 3), stride=(1, 1, 1), per="tile"),
+        search=HeadChoice(options=tuple(_windows(0.1, 0.2, 0.4)), budget=0.2),
         sources=(STA,),
     ),
     Recipe(name="radial", order=AxesOrder(whole=True), select=RadialSelect(decay=0.95), sources=(RADIAL,)),

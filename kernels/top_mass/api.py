@@ -10,7 +10,9 @@ from dit_accel.kernels.budget.api import Backend, check_map, uses_triton
 from .op import mass_op
 
 
-def top_mass(score: Tensor, keep: Tensor, p: float, least: float = 0.0, *, backend: Backend | None = None) -> Tensor:
+def top_mass(
+    score: Tensor, keep: Tensor, p: float, least: float | Tensor = 0.0, *, backend: Backend | None = None
+) -> Tensor:
     """Take in each row the best pairs until they hold `p` of the row's score, the crossing one included.
 
     Args:
@@ -18,7 +20,8 @@ def top_mass(score: Tensor, keep: Tensor, p: float, least: float = 0.0, *, backe
             finite too, and is always taken.
         keep: bool, broadcastable to the scores: always taken.
         p: the share of the row's score.
-        least: the share of the columns, rounded down, that is taken at least.
+        least: the share of the columns, rounded down, that is taken at least; one number, or float64
+            [B|1, H|1, R|1, 1].
         backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
 
     Returns:
@@ -30,8 +33,11 @@ def top_mass(score: Tensor, keep: Tensor, p: float, least: float = 0.0, *, backe
     The selection of XAttention (Xu et al. 2025, arXiv 2503.16428) and others, after top-p sampling.
     """
     if torch.compiler.is_compiling():
-        return mass_op(score, keep, p, least, backend)
+        one, many = (0.0, least) if isinstance(least, Tensor) else (least, None)
+        return mass_op(score, keep, p, one, many, backend)
     check_map(score, keep)
+    if isinstance(least, Tensor) and (least.dtype != torch.float64 or least.dim() != 4 or least.shape[3] != 1):
+        raise ValueError(f"least is {list(least.shape)} {least.dtype}; expected float64 [B|1, H|1, R|1, 1]")
     if uses_triton(score, backend):
         from .triton import rows
     else:

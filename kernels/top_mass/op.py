@@ -11,13 +11,13 @@ from torch import Tensor
 @torch.library.custom_op(
     "dit_accel::top_mass",
     mutates_args=(),
-    schema="(Tensor score, Tensor keep, float p, float least, str? backend) -> Tensor",
+    schema="(Tensor score, Tensor keep, float p, float least, Tensor? by_head, str? backend) -> Tensor",
 )
-def mass_op(score: Tensor, keep: Tensor, p: float, least: float, backend: Any) -> Tensor:
-    """Run `top_mass` from compiled code."""
+def mass_op(score: Tensor, keep: Tensor, p: float, least: float, by_head: Tensor | None, backend: Any) -> Tensor:
+    """Run `top_mass` from compiled code; the one number counts where there are none by head."""
     from .api import top_mass  # which imports this file
 
-    return top_mass(score, keep, p, least, backend=backend)
+    return top_mass(score, keep, p, least if by_head is None else by_head, backend=backend)
 
 
 @mass_op.register_fake

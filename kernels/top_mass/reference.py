@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def rows(score: Tensor, keep: Tensor, p: float, least: float) -> Tensor:
+def rows(score: Tensor, keep: Tensor, p: float, least: float | Tensor) -> Tensor:
     """Take each row's best pairs; shapes as in `top_mass`."""
     order, before = mass_before(score)
     taken = (before < p) | first(before, least)
@@ -23,7 +23,8 @@ def mass_before(score: Tensor) -> tuple[Tensor, Tensor]:
     return order, ordered.cumsum(-1) - ordered
 
 
-def first(ordered: Tensor, least: float) -> Tensor:
+def first(ordered: Tensor, least: float | Tensor) -> Tensor:
     """Mark the first `least` of the columns, rounded down."""
-    count = int(least * ordered.shape[-1])
+    share = least * ordered.shape[-1]
+    count = share.long() if isinstance(share, Tensor) else int(share)
     return (torch.arange(ordered.shape[-1], device=ordered.device) < count).expand_as(ordered)

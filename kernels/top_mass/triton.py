@@ -21,8 +21,9 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _mass_kernel(
-    score_ptr, keep_ptr, out_ptr, score_stride_b, score_stride_h, score_stride_r,
-    keep_stride_b, keep_stride_h, keep_stride_r, keep_stride_c, p, least, heads, rows, columns, C_PAD: tl.constexpr,
+    score_ptr, keep_ptr, least_ptr, out_ptr, score_stride_b, score_stride_h, score_stride_r,
+    keep_stride_b, keep_stride_h, keep_stride_r, keep_stride_c,
+    least_stride_b, least_stride_h, least_stride_r, p, least, heads, rows, columns, C_PAD: tl.constexpr,
 ):  # fmt: skip
     """One row: the largest mass at which what is no smaller holds p and is numerous enough, then who is above it."""
     program = tl.program_id(0).to(tl.int64)
@@ -38,6 +39,9 @@ def _mass_kernel(
     mass = mass / tl.maximum(tl.sum(mass, 0), TINY)
     key = tl.where(inside, orderable(mass), -1)  # from 0 to that of 1.0
 
+    if least_ptr is not None:
+        share = tl.load(least_ptr + b * least_stride_b + h * least_stride_h + row * least_stride_r)
+        least = (share * columns).to(tl.int32)
     limit = 0
     step = 1 << 29
     for _ in range(30):
@@ -56,7 +60,7 @@ def _mass_kernel(
     tl.store(out_ptr + program * columns + column, out.to(tl.uint8), mask=inside)
 
 
-def rows(score: Tensor, keep: Tensor, p: float, least: float) -> Tensor:
+def rows(score: Tensor, keep: Tensor, p: float, least: float | Tensor) -> Tensor:
     """Run the kernel on a checked, non-empty call; shapes as in `top_mass`."""
     out = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     with torch.cuda.device_of(score):
@@ -66,13 +70,15 @@ def rows(score: Tensor, keep: Tensor, p: float, least: float) -> Tensor:
 
 
 def launch(
-    score: Tensor, keep: Tensor, p: float, least: float, out: Tensor
+    score: Tensor, keep: Tensor, p: float, least: float | Tensor, out: Tensor
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
     b, h, r, c = score.shape
     score, keep = dense_rows(score), keep.expand(score.shape)
+    given = least.expand(b, h, r, 1) if isinstance(least, Tensor) else None
     args = (
-        score, keep.view(torch.uint8), out.view(torch.uint8), *score.stride()[:3], *keep.stride(),
-        float(p), int(least * c), h, r, c,
+        score, keep.view(torch.uint8), given, out.view(torch.uint8), *score.stride()[:3], *keep.stride(),
+        *((0, 0, 0) if given is None else given.stride()[:3]), float(p),
+        0 if isinstance(least, Tensor) else int(least * c), h, r, c,
     )  # fmt: skip
     return (b * h * r,), args, {"C_PAD": padded_columns(c), "num_warps": warps_for(c)}
