@@ -17,6 +17,7 @@ import dit_accel
 from dit_accel import compiled
 from dit_accel.call import AttentionCall
 from dit_accel.kernels.block_lists.op import lists_op
+from dit_accel.kernels.block_mass.op import mass_op as block_mass_op
 from dit_accel.kernels.block_sparse.op import block_sparse_op
 from dit_accel.kernels.budget.op import heads_op, rows_op
 from dit_accel.kernels.merge.op import merge_op
@@ -285,6 +286,8 @@ def test_opcheck_of_the_kernels() -> None:
     torch.library.opcheck(rows_op, (score, keep, cost, 0.0, torch.full((2, 1, 5, 1), 3.0), "reference"))
     torch.library.opcheck(heads_op, (score, keep, torch.ones(5), cost, 0.3, None))
     torch.library.opcheck(mass_op, (score, keep, 0.5, 0.25, None, None))
+    slots = torch.arange(48, dtype=torch.int32)
+    torch.library.opcheck(block_mass_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None, None))
 
 
 @torch.no_grad()

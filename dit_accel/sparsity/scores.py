@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
+from ..kernels.block_mass import block_mass
 from ..kernels.unit_means import Form, unit_means, unit_means_of_two
 from . import rows
 from .cut import Cut, Side
@@ -248,18 +249,10 @@ def mass(scene: Scene) -> torch.Tensor:
 
     AdaSpa, Xia et al. 2025, arXiv 2502.21079, which finds it in two passes with a cached log-sum-exp.
     """
-    uploaded, length = scene.tiling.on(scene.q.device), scene.k.shape[1]
-    unit = scene.cut.k.unit_of_token(length)[0, 0]
-    gather = torch.zeros(length, scene.tiling.units, device=unit.device).scatter_(1, unit[:, None], 1.0)
-    gather = gather[:, uploaded.grid_units]
-
-    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        if scene.bias is not None:
-            logits = logits + scene.bias[:, :, None, None]
-        share = logits.softmax(-1) @ gather
-        return (share * real[..., None]).sum(3) / real.sum(-1)[:, None]
-
-    return torch.cat([part(*each) for each in _products(scene, scene.q, scene.k, scene.scale)], 2)
+    tiling, device = scene.tiling, scene.q.device
+    asking = _runs(tiling, tiling.unit, device).slots
+    got = block_mass(scene.q, scene.k, asking, tiling.on(device).slots, tiling.unit, scene.scale, scene.bias)
+    return scene.cut.k.on_grid(got, 3)
 
 
 def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.block_lists import triton as listing
+from dit_accel.kernels.block_mass import triton as weighing
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
@@ -25,6 +26,7 @@ from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
+from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -106,6 +108,20 @@ def compile_means(capability: int, ragged: bool, two: bool = False) -> triton.co
     return compile_launch(averaging._means_kernel, capability, args, constants)
 
 
+def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
+    q, slots = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1024, dtype=torch.int32)
+    tile = weighing._tile(128, q)[0]
+    out = torch.zeros(1, 16, 1024 // tile, 8)
+    _, args, constants = weighing.launch(q, q, slots, slots, 128, 0.1, torch.zeros(1, 1, 1024), out)
+    return compile_launch(weighing._mass_kernel, capability, args, constants)
+
+
+def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
+    score, keep = torch.zeros(1, 40, 591, 591), torch.zeros(591, 591, dtype=torch.bool)
+    _, args, constants = summing.launch(score, keep, 0.9, 0.1, torch.zeros(1, 40, 591, 591, dtype=torch.bool))
+    return compile_launch(summing._mass_kernel, capability, args, constants)
+
+
 def compile_form(capability: int, form: str) -> triton.compiler.CompiledKernel:
     x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
     centre = torch.zeros(1, 16, 8, 128)
@@ -152,6 +168,11 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "means-ragged": lambda capability: compile_means(capability, ragged=True),
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
+    "top-mass": compile_top_mass,
+    "block-mass-64": lambda capability: compile_mass(capability, 64, BF16),
+    "block-mass-128": lambda capability: compile_mass(capability, 128, BF16),
+    "block-mass-256": lambda capability: compile_mass(capability, 256, BF16),
+    "block-mass-128-fp32": lambda capability: compile_mass(capability, 128, FP32),
     "budget-rows": lambda capability: compile_budget(capability, "rows"),
     "budget-limit": lambda capability: compile_budget(capability, "limit"),
     "budget-cut": lambda capability: compile_budget(capability, "cut"),
