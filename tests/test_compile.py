@@ -18,6 +18,7 @@ from dit_accel import compiled
 from dit_accel.call import AttentionCall
 from dit_accel.kernels.block_lists.op import lists_op
 from dit_accel.kernels.block_mass.op import mass_op as block_mass_op
+from dit_accel.kernels.block_max.op import max_op
 from dit_accel.kernels.block_sparse.op import block_sparse_op
 from dit_accel.kernels.budget.op import heads_op, rows_op
 from dit_accel.kernels.merge.op import merge_op
@@ -288,6 +289,7 @@ def test_opcheck_of_the_kernels() -> None:
     torch.library.opcheck(mass_op, (score, keep, 0.5, 0.25, None, None))
     slots = torch.arange(48, dtype=torch.int32)
     torch.library.opcheck(block_mass_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None, None))
+    torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None))
 
 
 @torch.no_grad()

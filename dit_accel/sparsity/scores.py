@@ -6,7 +6,6 @@ non-finite, which selectors read as "compute it". Text is kept by rule and has n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +13,7 @@ import torch
 
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
 from ..kernels.block_mass import block_mass
+from ..kernels.block_max import block_max
 from ..kernels.unit_means import Form, unit_means, unit_means_of_two
 from . import rows
 from .cut import Cut, Side
@@ -261,32 +261,10 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
     Double Sparsity, Yang et al. 2024, arXiv 2408.07092: channels ranked by the mean of |q| |k| over tokens, in each
     head; there ranked offline and for single tokens, here at each decision and for units.
     """
-    uploaded, tiling = scene.tiling.on(scene.q.device), scene.tiling
+    tiling, device = scene.tiling, scene.q.device
     kept = max(round(config.share * scene.q.shape[-1]), 1)
     weight = (scene.q.float() * scene.k.float()).abs().mean(1)  # [B, H, D]
     best = weight.topk(kept, dim=-1).indices[:, None]
     q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units].long()
-    hole = slots < 0
-
-    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        logits = logits.masked_fill(real[..., None] == 0, float("-inf")).amax(3)
-        return logits[..., slots.clamp(min=0)].masked_fill(hole, float("-inf")).amax(-1).softmax(-1)
-
-    return torch.cat([part(*each) for each in _products(scene, q, k, kept**-0.5)], 2)
-
-
-def _products(
-    scene: Scene, q: torch.Tensor, k: torch.Tensor, scale: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the logits of a few query units to all keys, float32 [B, H, units, unit, keys], and which slots are real.
-
-    `q`, `k` [B, S, H, C]. Memory stays below `BYTES` a part, so no map over token pairs is ever held.
-    """
-    uploaded, tiling = scene.tiling.on(q.device), scene.tiling
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
-    b, s, h, _ = k.shape
-    keys = rows.operand(k.permute(0, 2, 3, 1))
-    for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
-        queries = rows.operand(q[:, part.clamp(min=0).long().flatten()].transpose(1, 2))
-        yield (rows.product(queries, keys) * scale).unflatten(2, part.shape), (part >= 0).float()
+    slots = _runs(tiling, tiling.unit, device).slots
+    return block_max(q, k, slots, slots, tiling.unit, kept**-0.5).softmax(-1)

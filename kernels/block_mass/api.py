@@ -48,18 +48,25 @@ def block_mass(
     """
     if torch.compiler.is_compiling():
         return mass_op(q, k, q_slots, k_slots, unit, scale, key_bias, backend)
-    _check(q, k, q_slots, k_slots, unit, key_bias)
+    check_units(q, k, q_slots, k_slots, unit)
+    if key_bias is not None:
+        _check_bias(q, key_bias)
+    if uses_triton(q, q_slots, k_slots, backend):
+        from .triton import mass
+    else:
+        from .reference import mass
+    return mass(q, k, q_slots, k_slots, unit, scale, key_bias)
+
+
+def uses_triton(q: Tensor, q_slots: Tensor, k_slots: Tensor, backend: Backend | None) -> bool:
+    """Whether pairs of units are looked at in Triton; raises where a named back end cannot."""
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
     wanted = backend or ("triton" if wants_triton(q) else "reference")
     reasons = unsupported_reasons(wanted, q)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot attend q {list(q.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons and q.numel() and q_slots.numel() and k_slots.numel():
-        from .triton import mass
-    else:
-        from .reference import mass
-    return mass(q, k, q_slots, k_slots, unit, scale, key_bias)
+    return wanted == "triton" and not reasons and min(q.numel(), len(q_slots), len(k_slots)) > 0
 
 
 def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
@@ -78,7 +85,8 @@ def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
     return reasons
 
 
-def _check(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, key_bias: Tensor | None) -> None:
+def check_units(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int) -> None:
+    """Raise where queries, keys and their slots do not belong together."""
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(f"q is {list(q.shape)}, k {list(k.shape)}; expected both [B, S, H, D]")
     if q.dtype != k.dtype or not q.dtype.is_floating_point:
@@ -88,17 +96,20 @@ def _check(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, ke
     for name, slots in (("q_slots", q_slots), ("k_slots", k_slots)):
         if slots.dim() != 1 or slots.shape[0] % unit or slots.dtype != torch.int32:
             raise ValueError(f"{name} is {list(slots.shape)} {slots.dtype}; expected int32 [units * {unit}]")
-    if key_bias is not None:
-        b, s, h, _ = q.shape
-        lead = key_bias.dim() == 3 and key_bias.shape[0] in (1, b) and key_bias.shape[1] in (1, h)
-        if not lead or key_bias.shape[2] != s or not key_bias.dtype.is_floating_point:
-            raise ValueError(
-                f"key_bias is {list(key_bias.shape)} {key_bias.dtype}; expected floating [{b}|1, {h}|1, {s}]"
-            )
-    if len({x.device for x in (q, k, q_slots, k_slots, *([] if key_bias is None else [key_bias]))}) > 1:
-        raise ValueError(f"q lies on {q.device}; expected all tensors there")
+        if slots.device != q.device or k.device != q.device:
+            raise ValueError(f"q lies on {q.device}, k on {k.device}, {name} on {slots.device}; expected one device")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise RuntimeError(
             f"q {list(q.shape)}: a gradient is asked for, but this operation has no backward pass; "
             "call it under torch.no_grad() or detach its inputs"
+        )
+
+
+def _check_bias(q: Tensor, bias: Tensor) -> None:
+    b, s, h, _ = q.shape
+    lead = bias.dim() == 3 and bias.shape[0] in (1, b) and bias.shape[1] in (1, h)
+    if not lead or bias.shape[2] != s or not bias.dtype.is_floating_point or bias.device != q.device:
+        raise ValueError(
+            f"key_bias is {list(bias.shape)} {bias.dtype} on {bias.device}; expected floating [{b}|1, {h}|1, {s}] "
+            f"on {q.device}"
         )

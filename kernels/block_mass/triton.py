@@ -17,18 +17,18 @@ from dit_accel.kernels.block_sparse.tiles import power_of_two_part
 from dit_accel.kernels.block_sparse.triton import runs_on
 from dit_accel.kernels.sizes import power_of_two
 
-__all__ = ["mass", "runs_on"]
+__all__ = ["logits_of", "mass", "runs_on", "tile_of"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _logits(
-    q, k_ptr, slots_ptr, bias_ptr, first, stride_s, stride_d, to_log2,
+def logits_of(
+    q, k_ptr, slots_ptr, bias_ptr, first, stride_s, stride_d, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The logits of a tile of queries to a tile of keys in log2 units, [TILE_Q, TILE_K]; a hole has -inf."""
+    """The logits of a tile of queries to a tile of keys, [TILE_Q, TILE_K], a bias in log2 units; a hole has -inf."""
     d = tl.arange(0, D_PAD)
     token = tl.load(slots_ptr + first + tl.arange(0, TILE_K))  # [TILE_K]
     real = token >= 0
@@ -36,7 +36,7 @@ def _logits(
     k = tl.load(k_at, mask=real[:, None] & (d < D)[None, :], other=0.0)
     if INTERPRETED:  # its matrix product takes bf16 for integers
         k = k.to(tl.float32)
-    logits = tl.dot(q, k.T, input_precision=PRECISION) * to_log2
+    logits = tl.dot(q, k.T, input_precision=PRECISION) * scale
     if bias_ptr is not None:
         logits += (tl.load(bias_ptr + token, mask=real, other=0.0).to(tl.float32) * LOG2_E)[None, :]
     return tl.where(real[None, :], logits, float("-inf"))
@@ -72,7 +72,7 @@ def _mass_kernel(
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     for first in tl.range(0, units * UNIT, TILE_K, num_stages=STAGES):
-        logits = _logits(
+        logits = logits_of(
             q, k_ptr, k_slots_ptr, bias_ptr, first, k_stride_s, k_stride_d, to_log2, D, D_PAD, TILE_K, PRECISION
         )
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -85,7 +85,7 @@ def _mass_kernel(
     out_ptr += ((b * heads + h) * tiles + tile) * units
     mass = tl.zeros([TILE_Q], tl.float32)
     for first in tl.range(0, units * UNIT, TILE_K, num_stages=STAGES):
-        logits = _logits(
+        logits = logits_of(
             q, k_ptr, k_slots_ptr, bias_ptr, first, k_stride_s, k_stride_d, to_log2, D, D_PAD, TILE_K, PRECISION
         )
         mass += tl.sum(tl.exp2(logits - lse[:, None]), 1)
@@ -101,7 +101,7 @@ def mass(
 ) -> Tensor:
     """Run the kernel on a checked, non-empty call; shapes as in `block_mass`."""
     b, _, h, _ = q.shape
-    tile_q, _ = _tile(unit, q)
+    tile_q, _ = tile_of(unit, q)
     q_units, k_units = len(q_slots) // unit, len(k_slots) // unit
     out = torch.empty(b, h, len(q_slots) // tile_q, k_units, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -123,7 +123,7 @@ def launch(
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
     b, _, h, dim = q.shape
-    tile_q, tile_k = _tile(unit, q)
+    tile_q, tile_k = tile_of(unit, q)
     tiles, units = out.shape[2:]
     bias = None if key_bias is None else key_bias.contiguous()
     lead = (
@@ -149,7 +149,7 @@ def launch(
     return (b * h * tiles,), args, constants
 
 
-def _tile(unit: int, q: Tensor) -> tuple[int, int]:
+def tile_of(unit: int, q: Tensor) -> tuple[int, int]:
     """Rows of queries and keys looked at together, both parts of a unit: by shared memory, not yet by measurement."""
     part, wide = power_of_two_part(unit), power_of_two(q.shape[3], 16) > 128
     if q.element_size() == 4:  # products without tensor cores: more than 2048 steps a thread compile for minutes

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_mass import triton as weighing
+from dit_accel.kernels.block_max import triton as maximal
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
@@ -110,10 +111,17 @@ def compile_means(capability: int, ragged: bool, two: bool = False) -> triton.co
 
 def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
     q, slots = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1024, dtype=torch.int32)
-    tile = weighing._tile(128, q)[0]
+    tile = weighing.tile_of(128, q)[0]
     out = torch.zeros(1, 16, 1024 // tile, 8)
     _, args, constants = weighing.launch(q, q, slots, slots, 128, 0.1, torch.zeros(1, 1, 1024), out)
     return compile_launch(weighing._mass_kernel, capability, args, constants)
+
+
+def compile_max(capability: int) -> triton.compiler.CompiledKernel:
+    q, slots = torch.zeros(1, 1024, 16, 32, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
+    out = torch.zeros(1, 16, 1024 // weighing.tile_of(128, q)[0], 8)
+    _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, out)
+    return compile_launch(maximal._max_kernel, capability, args, constants)
 
 
 def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
@@ -169,6 +177,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
+    "block-max": compile_max,
     "block-mass-64": lambda capability: compile_mass(capability, 64, BF16),
     "block-mass-128": lambda capability: compile_mass(capability, 128, BF16),
     "block-mass-256": lambda capability: compile_mass(capability, 256, BF16),
