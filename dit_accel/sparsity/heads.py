@@ -11,6 +11,7 @@ from ..errors import PlanError
 from . import rows
 from .cut import Cut, Side
 from .inputs import Inputs
+from .trust import divergence
 
 
 def choose(
@@ -22,22 +23,21 @@ def choose(
     call; Sparse-vDiT, Chen et al. 2025, among five patterns by error and cost, offline; MoA, Fu et al. 2024, and
     DuoAttention, Xiao et al. 2024, divide a budget among heads. All have one form here: the least loss + price x
     density, over rows spread over the grid, the price given or such that it spends the budget. A head of which every
-    option loses more than the limit, or whose losses are not finite, computes everything.
+    option loses more than the limit, or whose losses are not finite, computes everything. FlexPrefill, Lai et al. 2025,
+    looks at no loss: the first option where the pooled score it stands on can be trusted, else the second.
     """
     best = _given(config, inputs) if config.given else _best(config, options, inputs)
     everything = options[0][0]
     options = [*options, (everything, torch.ones_like(options[0][1]))]
-    cut = Cut(
-        everything.length,
-        _merge([option.q for option, _ in options], best),
-        _merge([option.k for option, _ in options], best),
-    )
+    cut = _merged([cut for cut, _ in options], best)
     mask = _pick([_grown(mask, cut.q.units, cut.k.units) for _, mask in options], best)
     return cut, mask, ~mask.any(-1).any(-1)
 
 
 def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> torch.Tensor:
     """Return the number of the option each head takes, int64 [B, H]; one more than the last is everything."""
+    if config.trust is not None:
+        return _trusted(config.trust, divergence(options[0][0], inputs, config.rows))
     losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
     computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
     price = config.price if config.budget is None else _price(losses, computed, config.budget)
@@ -46,6 +46,11 @@ def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: I
     if config.limit is not None:
         unsure |= (losses > config.limit).all(0)
     return torch.where(unsure, len(options), best)
+
+
+def _trusted(limit: float, apart: torch.Tensor) -> torch.Tensor:
+    """Return 0 where the pooled score can be trusted, 1 where not, 2 (everything) where that cannot be told, [B, H]."""
+    return torch.where(torch.isfinite(apart), (apart >= limit).long(), 2)
 
 
 def _given(config: HeadChoice, inputs: Inputs) -> torch.Tensor:
@@ -110,6 +115,12 @@ def _density(cut: Cut, mask: torch.Tensor) -> torch.Tensor:
 
 def _grown(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
     return torch.nn.functional.pad(mask, (0, keys - mask.shape[-1], 0, queries - mask.shape[-2]))
+
+
+def _merged(cuts: list[Cut], best: torch.Tensor) -> Cut:
+    if all(cut is cuts[0] for cut in cuts):
+        return cuts[0]  # all heads lie alike, whatever they take
+    return Cut(cuts[0].length, _merge([cut.q for cut in cuts], best), _merge([cut.k for cut in cuts], best))
 
 
 def _merge(sides: list[Side], best: torch.Tensor) -> Side:
