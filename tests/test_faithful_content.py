@@ -175,7 +175,7 @@ def test_dfs(layout: TokenLayout) -> None:
         expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(ODD, marks=pytest.mark.full)], ids=str)
 def test_adaspa(layout: TokenLayout) -> None:
     """Exact block sums of attention; top-k of each row; heads that keep over 0.8 get half, the worst as much more."""
     recipe = resolve("adaspa", density=0.4, **blocks(layout))
@@ -296,7 +296,7 @@ def test_sampled_rows_cover_the_grid() -> None:
         assert min(counts) > len(tokens) / parts / 2
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(ODD, marks=pytest.mark.full)], ids=str)
 def test_zipvl(layout: TokenLayout) -> None:
     """Keys sorted by the sampled rows' attention; the fewest units that hold p of it serve all rows."""
     _, plan, q, k, _ = made(resolve("zipvl", p=0.7, **blocks(layout)), layout, structured=True)
@@ -365,7 +365,11 @@ def test_paro(layout: TokenLayout) -> None:
     assert len(taken) > 1
 
 
-@pytest.mark.parametrize(("layout", "columns"), [*itertools.product(LAYOUTS, [0.0, 0.4]), (ODD, 0.2)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "columns"),
+    [*itertools.product(LAYOUTS, [0.0, 0.4]), pytest.param(ODD, 0.2, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_minference(layout: TokenLayout, columns: float) -> None:
     """Key tiles and displacements that sampled rows attend to most; columns first, then whole displacements."""
     tile = (4, 4, 4) if layout is ODD else (1, 4, 4) if layout.main.frames == 1 else (2, 3, 3)
