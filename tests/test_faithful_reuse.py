@@ -151,3 +151,13 @@ def test_adaspa_reuses_the_log_sum_exps_of_its_first_search(layout: TokenLayout)
     again.plan(called(layout, *tensors(layout, seed=2, structured=True), 0, 2))
     next_run = replace(called(layout, *tensors(layout, seed=6, structured=True)), step=StepInfo(2, 6, 10, "cond"))
     assert torch.equal(again.plan(next_run).to_mask(), Planner(recipe).plan(next_run).to_mask())
+
+
+def test_log_sum_exps_of_another_order_are_not_used() -> None:
+    """A case that lays the tokens out otherwise starts anew."""
+    layout = LAYOUTS[2]
+    turned = {"name": "turned", "base": "adaspa", "cases": [{"steps": [0.5, 1.0], "order": {"kind": "hilbert"}}]}
+    planner, fresh = (Planner(resolve(turned, density=0.4, dense_steps=0, **SMALL)) for _ in range(2))
+    planner.plan(called(layout, *tensors(layout, seed=1, structured=True), 0, 2))
+    later = called(layout, *tensors(layout, seed=2, structured=True), 0, 6)
+    assert torch.equal(planner.plan(later).to_mask(), fresh.plan(later).to_mask())

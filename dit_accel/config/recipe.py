@@ -104,13 +104,11 @@ class Recipe(Config, frozen=True):
             raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
         if self.heads is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
             raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
-        if self.correct is not None and any(select.kind == "agents" for select in self._selects):
+        selects = [self.select, *(case.select for case in self.cases if case.select is not None)]
+        corrects = [self.correct, *(case.correct for case in self.cases)]
+        if any(select.kind == "agents" for select in selects) and any(corrects):
             raise ValueError("select 'agents' computes no pairs that a correction could complete")
         return self
-
-    @property
-    def _selects(self) -> list[Select]:
-        return [self.select, *(case.select for case in self.cases if case.select is not None)]
 
     @property
     def density(self) -> float | None:

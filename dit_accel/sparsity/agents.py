@@ -15,7 +15,7 @@ from .orders import Shape
 from .plan import Branch, Operands, Plan, from_units
 from .tiling import Tiling
 
-LONG = 0.1  # what cells twice as long as wide cost beside missing the wished number of them: ln 2 times this
+LONG = 0.1  # weight of ln(longest / shortest side) of a cell beside the share by which their number is missed
 
 
 @dataclass(frozen=True, eq=False)
