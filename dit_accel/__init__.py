@@ -15,7 +15,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .acceleration import Acceleration
     from .api import AttentionState, accelerate, attention, demo_model, demo_models, recipes
-    from .config import Recipe
+    from .calibration import Calibration, calibrate
+    from .config import Profile, Recipe
     from .errors import DitAccelError
     from .layout import Grid, Pad, Text, TokenLayout
     from .report import Report
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Acceleration": "acceleration",
     "AttentionState": "api",
+    "Calibration": "calibration",
     "DitAccelError": "errors",
     "Grid": "layout",
     "Pad": "layout",
+    "Profile": "config",
     "Recipe": "config",
     "Report": "report",
     "Text": "layout",
     "TokenLayout": "layout",
     "accelerate": "api",
     "attention": "api",
+    "calibrate": "calibration",
     "demo_model": "api",
     "demo_models": "api",
     "recipes": "api",
@@ -39,9 +43,11 @@ _HOMES = {
 __all__ = [
     "Acceleration",
     "AttentionState",
+    "Calibration",
     "DitAccelError",
     "Grid",
     "Pad",
+    "Profile",
     "Recipe",
     "Report",
     "Text",
@@ -49,6 +55,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention",
+    "calibrate",
     "demo_model",
     "demo_models",
     "recipes",

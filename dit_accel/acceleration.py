@@ -11,7 +11,7 @@ import torch
 
 from .attachment import Attachment
 from .call import Site, Stage, Watcher
-from .config import Recipe
+from .config import Profile, Recipe
 from .engine import Engine
 from .errors import AlreadyAcceleratedError, UnsupportedError
 from .hosts import Family, all_families, family_of
@@ -28,9 +28,16 @@ class Acceleration:
     Usable as a context manager that restores on exit.
     """
 
-    def __init__(self, pipe: Any | None, transformers: Mapping[str, torch.nn.Module], recipe: Recipe) -> None:
+    def __init__(
+        self,
+        pipe: Any | None,
+        transformers: Mapping[str, torch.nn.Module],
+        recipe: Recipe,
+        profile: Profile | None = None,
+    ) -> None:
         self.recipe = recipe
-        self._engine = Engine(recipe)
+        self.profile = profile
+        self._engine = Engine(recipe, profile)
         self._tracker = StepTracker(pipe)
         several = len(transformers) > 1
         self._attachments = [
@@ -38,6 +45,9 @@ class Acceleration:
             for name, module in transformers.items()
         ]
         _refuse_if_nothing_can_be_sparse(self._attachments)
+        if profile is not None:
+            profile.check_recipe(recipe)
+            profile.check_model(self.models, self.heads)
         self._live = True
         try:
             for attachment in self._attachments:
@@ -56,6 +66,16 @@ class Acceleration:
     def sites(self) -> list[Site]:
         """All attention sites found, those that stay dense included."""
         return [site for attachment in self._attachments for site in attachment.sites]
+
+    @property
+    def models(self) -> list[str]:
+        """The classes of the transformers."""
+        return [type(attachment.transformer).__name__ for attachment in self._attachments]
+
+    @property
+    def heads(self) -> dict[str, int | None]:
+        """The heads of each attention site, by its name; None where the module does not say."""
+        return {site.name: getattr(site.module, "heads", None) for site in self.sites}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -100,7 +120,14 @@ class Acceleration:
     def report(self) -> Report:
         """Return what was done in the last run."""
         blocked = {name: why for attachment in self._attachments for name, why in attachment.blocked.items()}
-        return self._engine.ledger.report(blocked, self._engine.nbytes, self._engine.text_kv.notes())
+        notes = (*self._profile_notes(), *self._engine.text_kv.notes())
+        return self._engine.ledger.report(blocked, self._engine.nbytes, notes)
+
+    def _profile_notes(self) -> tuple[str, ...]:
+        if self.profile is None:
+            return ()
+        made, what = self.profile.made, "floors" if self.profile.options is None else "patterns"
+        return (f"{what} of heads by a profile made on {made.layout} in {made.steps} steps",)
 
     def __enter__(self) -> Acceleration:
         return self

@@ -14,7 +14,7 @@ import torch
 from .acceleration import Acceleration, refuse_if_live
 from .attend import run
 from .call import AttentionCall, Site
-from .config import Recipe
+from .config import Profile, Recipe
 from .errors import ConfigError, UnsupportedError, nearest
 from .layout import TokenLayout
 from .sparsity.plan import Plan
@@ -29,25 +29,37 @@ RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
 def accelerate(
-    target: Any, recipe: RecipeLike = "balanced", *, replace: bool = False, **overrides: Any
+    target: Any,
+    recipe: RecipeLike | None = None,
+    *,
+    profile: Profile | str | Path | None = None,
+    replace: bool = False,
+    **overrides: Any,
 ) -> Acceleration:
     """Accelerate a diffusers pipeline, or a bare transformer, and return the handle that undoes and reports it.
 
     Args:
         target: a pipeline with a `transformer` (and `transformer_2`), or the transformer itself; then call
             `handle.step(index, total)` in your own loop.
-        recipe: a recipe or preset name, a YAML/JSON file, a mapping, or a Recipe.
+        recipe: a recipe or preset name, a YAML/JSON file, a mapping, or a Recipe; without one, the profile's, or the
+            preset "balanced".
+        profile: what `calibrate` found for this model and recipe, or the file it was saved in.
         replace: restore an acceleration that the pipeline already carries instead of raising.
         overrides: settings of the recipe, such as `density=0.25`.
 
     Raises ConfigError, UnsupportedError or AlreadyAcceleratedError; then nothing was changed.
     """
+    known = Profile.load(profile) if isinstance(profile, str | Path) else profile
+    if known is not None and not isinstance(known, Profile):
+        raise ConfigError(f"profile: expected a Profile or the file of one, got {type(known).__name__}.")
+    if recipe is None:
+        recipe = "balanced" if known is None else known.recipe
     settled = resolve(recipe, **overrides)
     transformers = _transformers(target)
     _warn_of_untested_diffusers()
     refuse_if_live(transformers, replace)
     pipe = None if isinstance(target, torch.nn.Module) else target
-    return Acceleration(pipe, transformers, settled)
+    return Acceleration(pipe, transformers, settled, known)
 
 
 def _transformers(target: Any) -> dict[str, torch.nn.Module]:

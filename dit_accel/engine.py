@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .call import Stage, Watcher
-from .config import Recipe
+from .config import Profile, Recipe
 from .report import Ledger
 from .sparsity.planner import Planner
 from .textkv import TextKV
@@ -12,9 +12,9 @@ from .textkv import TextKV
 class Engine:
     """Recipe, planner, ledger, kept text keys and values, the stages before the plan and the watchers after it."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, profile: Profile | None = None) -> None:
         self.recipe = recipe
-        self.planner = Planner(recipe)
+        self.planner = Planner(recipe, profile)
         self.ledger = Ledger(recipe)
         self.text_kv = TextKV()
         self.stages: tuple[Stage, ...] = ()

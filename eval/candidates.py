@@ -5,16 +5,18 @@ A candidate is applied for one generation and undone after it, so that none sees
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_accel import accelerate, recipes
 from dit_accel.acceleration import Acceleration
-from dit_accel.config import Recipe
+from dit_accel.config import Profile, Recipe
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.settings import Settings
 from dit_accel.sparsity.recipes import resolve
@@ -56,14 +58,15 @@ REFERENCE = Candidate("reference", "reference")
 
 @dataclass(frozen=True)
 class Sparse(Candidate):
-    """A recipe, or the oracle of a recipe's blocks."""
+    """A recipe, as it is or with a calibration profile, or the oracle of a recipe's blocks."""
 
     recipe: Recipe | None = None
+    profile: Profile | None = None
 
     @contextmanager
     def applied(self, pipe: Any, settings: Settings) -> Iterator[Course]:
         assert self.recipe is not None
-        with accelerate(pipe, self.recipe) as handle:
+        with accelerate(pipe, self.recipe, profile=self.profile) as handle:
             if self.family == ORACLE:
                 handle.planner = OraclePlanner(self.recipe)
             yield Course(pipe, settings, handle)
@@ -134,6 +137,22 @@ def sparse_candidates(
         for density in densities:
             candidate = _sparse(name, density, dense_steps, dense_layers)
             found.setdefault(candidate.name, candidate)
+    return list(found.values())
+
+
+def calibrated_candidates(files: Sequence[Path], dense_steps: float, dense_layers: int) -> list[Candidate]:
+    """Return the recipe of each profile, calibrated, dense steps and layers as for the others. Raises ConfigError."""
+    found: dict[str, Candidate] = {}
+    for file in files:
+        profile = Profile.load(file)
+        recipe = profile.recipe.override(dense_steps=dense_steps, dense_layers=dense_layers, adaptive=False)
+        asked = recipe.density
+        name = f"{recipe.name}+profile" if asked is None else f"{recipe.name}@{asked:g}+profile"
+        if name in found:
+            raise ConfigError(f"profile {file}: another one is called {name} already; a study takes one of each.")
+        mark = hashlib.sha256(profile.text().encode()).hexdigest()[:16]
+        definition = {**recipe.model_dump(mode="json"), "profile": mark}
+        found[name] = Sparse(name, "recipe", definition, asked, recipe, profile)
     return list(found.values())
 
 

@@ -19,6 +19,7 @@ def evaluate(
     recipe: Annotated[
         list[str] | None, typer.Option(help="Recipe, recipe file, or 'oracle'; repeatable. All, if none.")
     ] = None,
+    profile: Annotated[list[Path] | None, typer.Option(help="Also a recipe as calibrate found it; repeatable.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Repeatable; 0.5 and 0.3, if none.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; the demo's own prompts, if none.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with a prompt a line.")] = None,
@@ -74,6 +75,7 @@ def evaluate(
         dense_layers=dense_layers,
         rivals=rivals,
         floors=floors,
+        profiles=profile or [],
         dtype=dtype,
         device=device,
     )

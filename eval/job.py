@@ -19,10 +19,11 @@ from dit_accel.errors import ConfigError
 from dit_accel.pipelines.arguments import call_arguments, makes_clips
 from dit_accel.pipelines.generate import generate_stock
 from dit_accel.pipelines.loading import choose_device, choose_dtype, load, locate
+from dit_accel.pipelines.prompts import demo_prompts, listed_prompts
 from dit_accel.pipelines.screen import screen
 from dit_accel.pipelines.settings import Settings, model_defaults
 
-from .candidates import Cached, Candidate, default_names, fewer_steps, floors, sparse_candidates
+from .candidates import Cached, Candidate, calibrated_candidates, default_names, fewer_steps, floors, sparse_candidates
 from .report import Summary, write_report
 from .rivals import caches, mag_ratios
 from .store import Setup, Store
@@ -48,6 +49,7 @@ class EvalJob:
     dense_layers: int = 0
     rivals: bool = True
     floors: bool = True
+    profiles: Sequence[Path] = ()
     dtype: str | None = None
     device: str = "auto"
 
@@ -68,14 +70,15 @@ class EvalJob:
         _check_packages()
         self._check_numbers()
         sparse = sparse_candidates(self.recipes or default_names(), self.densities, self.dense_steps, self.dense_layers)
-        listed = self._listed_prompts()
+        sparse += calibrated_candidates(self.profiles, self.dense_steps, self.dense_layers)
+        listed = listed_prompts(self.prompts, self.prompt_file)
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         source = locate(self.model)
         settings = self.settings.over(model_defaults(source))
         pipe = load(source, dtype, device)
         pipe.set_progress_bar_config(disable=True)
-        prompts = listed or _demo_prompts(makes_clips(type(pipe)))
+        prompts = listed or demo_prompts(makes_clips(type(pipe)))
         settings = _with_steps(pipe, prompts[0], settings)
         store = Store(self.rows, self._setup(settings, dtype, device))
         others = self._others(pipe, source, settings, dtype, device, prompts[0])
@@ -98,20 +101,6 @@ class EvalJob:
         for seed in self.seeds:
             build(Settings, {"seed": seed}, "eval")
         build(Recipe, {"name": "eval", "dense_steps": self.dense_steps, "dense_layers": self.dense_layers}, "eval")
-
-    def _listed_prompts(self) -> list[str]:
-        """Return the prompts asked for, each once; none stands for the demo's."""
-        listed = list(self.prompts or [])
-        if self.prompt_file is not None:
-            try:
-                text = self.prompt_file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise ConfigError(f"prompts {self.prompt_file}: cannot be read ({reason}).") from None
-            listed += [line.strip() for line in text.splitlines() if line.strip()]
-            if not listed:
-                raise ConfigError(f"prompts {self.prompt_file}: holds no prompt.")
-        return list(dict.fromkeys(listed))
 
     def _setup(self, settings: Settings, dtype: torch.dtype, device: torch.device) -> Setup:
         import diffusers
@@ -164,12 +153,6 @@ def _with_steps(pipe: Any, prompt: str, settings: Settings) -> Settings:
     if default is None or not isinstance(default.default, int):
         raise ConfigError(f"steps: {type(pipe).__name__} has no number of its own; give one.")
     return settings.model_copy(update={"steps": default.default})
-
-
-def _demo_prompts(clips: bool) -> list[str]:
-    from dit_accel.pipelines.demo import CLIP_PROMPTS, PROMPTS
-
-    return list(CLIP_PROMPTS if clips else PROMPTS)
 
 
 def _check_output(output: Path) -> None:

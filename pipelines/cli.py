@@ -21,6 +21,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Density = Annotated[float | None, typer.Option(help="Share of token pairs to compute, above 0, up to 1.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe; repeatable.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (or set DIT_ACCEL_DEBUG=1).")]
 
 
@@ -48,12 +52,13 @@ def generate(
         str | None,
         typer.Option(help="Shipped model, folder, or Hub id; emoji-flux, or emoji-wan for a clip.", show_default=False),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe or preset by name, or a YAML/JSON file.")] = "balanced",
-    density: Annotated[float | None, typer.Option(help="Share of token pairs to compute, above 0, up to 1.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe; repeatable."),
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe or preset by name, or a YAML/JSON file; balanced, or the profile's, if none."),
     ] = None,
+    profile: Annotated[Path | None, typer.Option(help="What calibrate wrote for this model and recipe.")] = None,
+    density: Density = None,
+    set_: Set = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -93,12 +98,68 @@ def generate(
         "text_length": text_length,
     }
     settings: Settings = build(Settings, asked, "generate")
-    job = Job(prompt, output, model, recipe, overrides, settings, dtype, device, compare, force)
+    job = Job(prompt, output, model, recipe, overrides, settings, dtype, device, compare, force, profile)
     result = job.run()
     if as_json:
         print_json(result.to_dict())
     screen(stderr=as_json).print(result.made.report)
     print(result, file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Shipped model, folder, or Hub id.")],
+    recipe: Annotated[str, typer.Option(help="What to calibrate, by name, or a YAML/JSON file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a .json file.")],
+    density: Density = None,
+    set_: Set = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; the demo's own prompts, if none.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a prompt a line.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Queries looked at in each attention call.")] = 256,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Parts of the run settled apart; 4 where the paper settles each step, else 1."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
+    true_cfg: Annotated[float | None, typer.Option(help="The pipeline's true_cfg_scale.")] = None,
+    text_length: Annotated[int | None, typer.Option(help="The pipeline's max_sequence_length.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on CUDA, fp32 on a CPU.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Watch the unaccelerated model, and write down what each head needs for a recipe."""
+    from dit_accel.config import build
+
+    from .calibrate import CalibrateJob
+    from .settings import Settings
+
+    asked = {
+        "steps": steps,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+        "true_cfg": true_cfg,
+        "text_length": text_length,
+    }
+    settings: Settings = build(Settings, asked, "calibrate")
+    overrides = parse_overrides(density, set_ or [])
+    job = CalibrateJob(model, recipe, output, overrides, prompt, prompts, settings, rows, windows, dtype, device, force)
+    result = job.run()
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print(result)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dit_accel.api import RecipeLike, accelerate
-from dit_accel.config import Recipe
+from dit_accel.config import Profile, Recipe
 from dit_accel.errors import NonFiniteError
 from dit_accel.report import Report
 from dit_accel.sparsity.recipes import resolve
@@ -49,6 +49,7 @@ def generate(
     prompt: str,
     *,
     recipe: RecipeLike = "balanced",
+    profile: Profile | None = None,
     overrides: Mapping[str, Any] | None = None,
     settings: Settings | None = None,
     warm_up: bool = False,
@@ -56,7 +57,7 @@ def generate(
     """Draw a prompt with a diffusers pipeline under a recipe, and leave the pipeline as it was.
 
     Args:
-        recipe: what `accelerate` takes.
+        recipe, profile: what `accelerate` takes.
         overrides: settings of the recipe, such as `{"density": 0.3}`.
         warm_up: run one step before, so that the time holds no compilation and no first-use cost.
 
@@ -64,7 +65,7 @@ def generate(
     a prompt, NonFiniteError for latents or pixels with NaN or Inf.
     """
     settled = resolve(recipe, **(overrides or {}))
-    with accelerate(pipe, settled) as handle:
+    with accelerate(pipe, settled, profile=profile) as handle:
         made = generate_stock(pipe, prompt, settings=settings, warm_up=warm_up)
         return Accelerated(made.media, made.seconds, made.settings, settled, handle.report())
 

@@ -12,7 +12,7 @@ import diffusers
 import torch
 
 from dit_accel import __version__
-from dit_accel.config import Recipe
+from dit_accel.config import Profile, Recipe
 from dit_accel.sparsity.recipes import resolve
 
 from .arguments import check_accepts, makes_clips, playing_speed
@@ -84,19 +84,23 @@ class Job:
     prompt: str
     output: Path
     model: str | None
-    recipe: str
+    recipe: str | None
     overrides: Mapping[str, Any]
     settings: Settings
     dtype: str | None = None
     device: str = "auto"
     compare: bool = False
     force: bool = False
+    profile: Path | None = None
 
     def run(self) -> Result:
         """Do it all; an error or an interruption leaves no half-written file."""
         for path in self._targets():
             check_target(path, self.force)
-        recipe = resolve(self.recipe, **self.overrides)
+        profile = None if self.profile is None else Profile.load(self.profile)
+        recipe = resolve(self.recipe or (profile.recipe if profile else "balanced"), **self.overrides)
+        if profile is not None:
+            profile.check_recipe(recipe, str(self.profile))
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         model = self.model or default_model(self._wants_clip())
@@ -106,9 +110,11 @@ class Job:
         pipe = load(source, dtype, device)
         self._check_fit(type(pipe), settings)
         stock = self._draw_stock(pipe, settings) if self.compare else None
-        made = self._draw(pipe, recipe, settings)
+        made = self._draw(pipe, recipe, settings, profile)
         made_with = describe(made, model, str(dtype).removeprefix("torch."), device.type)
         made_with |= self._unlike_asked(made.media, settings)
+        if profile is not None:
+            made_with["profile"] = profile.made.model_dump(mode="json")
         write(made.media, self.output, made_with, self.force)
         comparison = None if stock is None else self._compare(stock, made, made_with)
         return Result(self.output, made, made_with, comparison)
@@ -132,9 +138,9 @@ class Job:
         pipe.set_progress_bar_config(desc="stock")
         return generate_stock(pipe, self.prompt, settings=settings, warm_up=True)
 
-    def _draw(self, pipe: Any, recipe: Recipe, settings: Settings) -> Accelerated:
+    def _draw(self, pipe: Any, recipe: Recipe, settings: Settings, profile: Profile | None) -> Accelerated:
         pipe.set_progress_bar_config(desc=recipe.name)
-        return generate(pipe, self.prompt, recipe=recipe, settings=settings, warm_up=self.compare)
+        return generate(pipe, self.prompt, recipe=recipe, profile=profile, settings=settings, warm_up=self.compare)
 
     def _targets(self) -> list[Path]:
         return [self.output, *([compare_path(self.output)] if self.compare else [])]

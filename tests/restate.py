@@ -166,3 +166,53 @@ def coclusters(q: torch.Tensor, k: torch.Tensor, counts: tuple[int, int], rounds
 
 def _cosines(rows: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
     return (rows @ one) / (rows.norm(dim=-1) * one.norm())
+
+
+def band(groups: list[list[int]], share: float) -> set[tuple[int, int]]:
+    """The pairs of runs whose middles are nearest in the sequence, nearest count to the share; equals together."""
+    ends = torch.tensor([0, *[len(g) for g in groups]]).cumsum(0).double()
+    middle = (ends[1:] + ends[:-1]) / 2
+    apart = (middle[:, None] - middle).abs()
+    sizes = torch.tensor([len(g) for g in groups]).double()
+    total = sizes.sum() ** 2
+    width = min(
+        sorted(set(apart.flatten().tolist())),
+        key=lambda w: abs(float(sizes @ (apart <= w + 1e-9).double() @ sizes / total) - share),
+    )
+    return {(r, c) for r in range(len(groups)) for c in range(len(groups)) if apart[r, c] <= width + 1e-9}
+
+
+def patterns(layout: TokenLayout, share: float) -> list[tuple[list[list[int]], set[tuple[int, int]]]]:
+    """The spatial and the temporal pattern of Sparse VideoGen: frame-major and position-major runs, each a band."""
+    grid = torch.tensor(on_grid(layout)).view(layout.main.shape)
+    lines = (grid.flatten().tolist(), grid.permute(1, 2, 0).flatten().tolist())
+    return [(cut(line, 16), band(cut(line, 16), share)) for line in lines]
+
+
+def spelled(layout: TokenLayout, groups: list[list[int]], chosen: set[tuple[int, int]]) -> torch.Tensor:
+    """The mask over tokens of chosen pairs of groups, and of everything with text."""
+    mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    grid = torch.tensor(on_grid(layout))
+    mask[grid[:, None], grid] = False
+    for r, c in chosen:
+        mask[torch.tensor(groups[r])[:, None], torch.tensor(groups[c])] = True
+    return mask
+
+
+def by_axes(layout: TokenLayout, exact: torch.Tensor, share: float) -> list[torch.Tensor]:
+    """PAROAttention's masks of one head, for each order of the axes: the best blocks by exact sums, no row empty."""
+    grid = torch.tensor(on_grid(layout)).view(layout.main.shape)
+    masks = []
+    for axes in ("fhw", "fwh", "hfw", "hwf", "wfh", "whf"):
+        groups = cut(grid.permute(*["fhw".index(a) for a in axes]).flatten().tolist(), 16)
+        sizes = [len(g) for g in groups]
+        pairs = [(r, c) for r in range(len(groups)) for c in range(len(groups))]
+        at = {(r, c): (torch.tensor(groups[r])[:, None], torch.tensor(groups[c])) for r, c in pairs}
+        score = {pair: float(exact[at[pair]].sum(-1).mean()) for pair in pairs}
+        ranked = sorted(range(len(pairs)), key=lambda i: -score[pairs[i]])
+        chosen = {pairs[i] for i in fill(ranked, [sizes[r] * sizes[c] for r, c in pairs], share * sum(sizes) ** 2)}
+        for r in range(len(groups)):
+            if not any(p[0] == r for p in chosen):
+                chosen.add(max((p for p in pairs if p[0] == r), key=lambda p: score[p]))
+        masks.append(spelled(layout, groups, chosen))
+    return masks

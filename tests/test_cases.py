@@ -104,7 +104,7 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
         ({"base": "svg1", "correct": {"kind": "centroids"}}, "can only be corrected by 'delta'"),
         ({"base": "draft", "correct": {"kind": "delts"}}, "Did you mean 'delta'?"),
         ({"base": "svg1", "heads": {"options": []}}, "at least 1 item"),
-        ({"base": "svg1", "heads": {**HEADS, "given": [2]}}, "given names option 2"),
+        ({"base": "svg1", "heads": {**HEADS, "given": [3]}}, "given names option 3"),
         ({"base": "svg1", "heads": {**HEADS, "givn": [0]}}, "Did you mean 'given'?"),
         ({"base": "svg2", "drift": 0.1}, "one order of places"),
         ({"base": "adaspa", "drift": 0.1}, "name one"),
@@ -120,6 +120,7 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
         ({"base": "svg1", "heads": {"options": [CACHED]}}, "cannot be cached"),
         ({"base": "svg1", "heads": {**HEADS, "trust": 0.1}}, "the first with score 'pooled'"),
         ({"base": "flexprefill", "heads": {"options": [POOLED, POOLED], "trust": 0.1, "limit": 1.0}}, "left out"),
+        ({"base": "svg1", "search": HEADS}, "name one of them"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from restate import with_tiles
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import dit_accel
+from dit_accel.calibration.measure import coverage, patterns
 from dit_accel.call import AttentionCall, Site
 from dit_accel.kernels.block_sparse import cpu
 from dit_accel.layout import TokenLayout
@@ -60,8 +61,14 @@ def _kernels_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "attend", unseen)
 
 
-def planned(name: str, heads: int, step: int) -> Watch:
+def planned(name: str, heads: int, step: int, told: bool = False) -> Watch:
+    """Watch one decision; `told`: each head has a pattern or floor of its own, as a calibration gives them."""
     recipe = resolve(name, block_q=16, block_k=16, dense_steps=0, dense_layers=0)
+    if told and recipe.heads is not None:
+        given = (0, 1) * (heads // 2)
+        recipe = recipe.override(heads=recipe.heads.model_copy(update={"given": given}).model_dump())
+    elif told:
+        recipe = recipe.override(least=(0.1, 0.3) * (heads // 2))
     recipe = with_tiles(recipe, (1, 4, 4), (2, 4, 4))
     planner = Planner(recipe)
     site = Site("a", "a", 2, torch.nn.Identity(), 8)
@@ -91,6 +98,35 @@ def test_no_map_over_token_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_heads_are_not_looped_over(name: str) -> None:
     two, six = (planned(name, heads, 1).count for heads in (2, 6))
     assert two == six
+
+
+@pytest.mark.parametrize("name", ["paro", "duo", "svg1", "svg2", "jenga"])
+def test_heads_that_are_told_cost_no_more(name: str) -> None:
+    two, six = (planned(name, heads, 1, told=True) for heads in (2, 6))
+    assert two.waited == []
+    assert two.count == six.count
+    more = 2 if resolve(name).heads is None else 0  # a product and a rounding on the device, for floors
+    assert two.count <= planned(name, 2, 1).count + more
+
+
+@pytest.mark.parametrize("name", ["paro", "sparse-vdit", "moa", "sta", "svg2"])
+def test_measuring_a_call_holds_no_map_and_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a calibration measures of a call, a run of queries at a time."""
+    monkeypatch.setattr(rows, "BYTES", 1 << 20)
+    monkeypatch.setattr(scores, "BYTES", 1 << 20)
+    recipe = resolve(name, block_q=16, block_k=16)
+    choice = recipe.heads or recipe.search
+    measure = patterns(recipe, choice, 300) if choice else coverage(300)
+    site = Site("a", "a", 0, torch.nn.Identity(), 8)
+    q, k, v = (torch.randn(1, LAYOUT.length, 2, 16) for _ in range(3))
+    call = AttentionCall(site, StepInfo(1, 0, 10, "0"), LAYOUT, q, k, v, 0.25, stock=lambda q, k, v: v)
+    measure(call)  # the first call of a layout makes tables
+    watch = Watch()
+    with watch:
+        found = measure(call)
+    assert torch.isfinite(found).all()
+    assert watch.waited == []
+    assert watch.largest < LAYOUT.length**2
 
 
 def test_the_watch_sees_a_wait() -> None:

@@ -11,6 +11,7 @@ import torch
 from restate import (
     block_of,
     boxes,
+    by_axes,
     cell,
     coclusters,
     cut,
@@ -335,28 +336,12 @@ def test_double_sparsity(layout: TokenLayout, share: float) -> None:
 def test_paro(layout: TokenLayout) -> None:
     """Each head takes the one of six axis orders whose best blocks, by exact sums, hold most of the attention."""
     _, plan, q, k, _ = made(resolve("paro", density=0.4, **SMALL), layout, structured=True)
-    grid = torch.tensor(on_grid(layout)).view(layout.main.shape)
     share, sampled = grid_share(layout, 0.4), rows.sample(layout, 64, torch.device("cpu"))
     taken = set()
     for b, h in SAMPLES:
         exact = weights(q[b, :, h], k[b, :, h])
         best = (-1.0, 0, torch.empty(0))
-        for order, axes in enumerate(["fhw", "fwh", "hfw", "hwf", "wfh", "whf"]):
-            groups = cut(grid.permute(*["fhw".index(a) for a in axes]).flatten().tolist(), 16)
-            sizes = [len(g) for g in groups]
-            pairs = [(r, c) for r in range(len(groups)) for c in range(len(groups))]
-            at = {(r, c): (torch.tensor(groups[r])[:, None], torch.tensor(groups[c])) for r, c in pairs}
-            score = {pair: float(exact[at[pair]].sum(-1).mean()) for pair in pairs}
-            ranked = sorted(range(len(pairs)), key=lambda i: -score[pairs[i]])
-            kept = fill(ranked, [sizes[r] * sizes[c] for r, c in pairs], share * sum(sizes) ** 2)
-            chosen = {pairs[i] for i in kept}
-            for r in range(len(groups)):  # no row stays empty
-                if not any(p[0] == r for p in chosen):
-                    chosen.add(max((p for p in pairs if p[0] == r), key=lambda p: score[p]))
-            mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
-            mask[grid.flatten()[:, None], grid.flatten()] = False
-            for pair in chosen:
-                mask[at[pair]] = True
+        for order, mask in enumerate(by_axes(layout, exact, share)):
             held = float((exact * mask)[sampled].sum())
             if held > best[0] + 1e-9:
                 best = (held, order, mask)

@@ -9,7 +9,21 @@ import odd_video
 import pytest
 import tiny
 import torch
-from restate import block_of, boxes, cut, expect_groups, fill, made, means, on_grid, top_p, weights
+from restate import (
+    band,
+    block_of,
+    boxes,
+    cut,
+    expect_groups,
+    fill,
+    made,
+    means,
+    on_grid,
+    patterns,
+    spelled,
+    top_p,
+    weights,
+)
 
 import dit_accel
 from dit_accel.config import Option
@@ -29,36 +43,6 @@ LAYOUTS = [
     TokenLayout(grid=(6, 4, 8)),
 ]
 SAMPLES = [(b, h) for b in range(2) for h in range(3)]
-
-
-def band(groups: list[list[int]], share: float) -> set[tuple[int, int]]:
-    """The pairs of runs whose middles are nearest in the sequence, nearest count to the share; equals together."""
-    ends = torch.tensor([0, *[len(g) for g in groups]]).cumsum(0).double()
-    middle = (ends[1:] + ends[:-1]) / 2
-    apart = (middle[:, None] - middle).abs()
-    sizes = torch.tensor([len(g) for g in groups]).double()
-    total = sizes.sum() ** 2
-    width = min(
-        sorted(set(apart.flatten().tolist())),
-        key=lambda w: abs(float(sizes @ (apart <= w + 1e-9).double() @ sizes / total) - share),
-    )
-    return {(r, c) for r in range(len(groups)) for c in range(len(groups)) if apart[r, c] <= width + 1e-9}
-
-
-def patterns(layout: TokenLayout, share: float) -> list[tuple[list[list[int]], set[tuple[int, int]]]]:
-    """The spatial and the temporal pattern of Sparse VideoGen: frame-major and position-major runs, each a band."""
-    grid = torch.tensor(on_grid(layout)).view(layout.main.shape)
-    lines = (grid.flatten().tolist(), grid.permute(1, 2, 0).flatten().tolist())
-    return [(cut(line, 16), band(cut(line, 16), share)) for line in lines]
-
-
-def spelled(layout: TokenLayout, groups: list[list[int]], chosen: set[tuple[int, int]]) -> torch.Tensor:
-    mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
-    grid = torch.tensor(on_grid(layout))
-    mask[grid[:, None], grid] = False
-    for r, c in chosen:
-        mask[torch.tensor(groups[r])[:, None], torch.tensor(groups[c])] = True
-    return mask
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -20,13 +20,13 @@ from restate import (
     means,
     on_grid,
     samples,
+    spelled,
     tensors,
     top_p,
     weights,
     with_tiles,
 )
 from test_faithful_content import along, stable
-from test_faithful_heads import spelled
 
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import rows

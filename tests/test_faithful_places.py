@@ -93,21 +93,51 @@ def test_sta(layout: TokenLayout, kernel: tuple[int, ...]) -> None:
     """Sliding Tile Attention: tiles around the tile, the middle clamped so that the window stays inside."""
     tile = (1, 4, 4) if layout.main.frames == 1 else (2, 4, 4)
     _, plan, *_ = made(resolve("sta", kernel=kernel, **TILES), layout)
+    expect(plan.to_mask()[0, 0], layout, lambda i, j: in_window_of_tiles(layout, tile, kernel, i, j))
+
+
+def in_window_of_tiles(layout: TokenLayout, tile: tuple[int, ...], kernel: tuple[int, ...], i: int, j: int) -> bool:
+    """Say whether token j's tile lies in the window of token i's, whose middle is clamped."""
+    a, b = cell(layout, i), cell(layout, j)
+    assert a is not None
+    assert b is not None
+    for axis, extent in enumerate(layout.main.shape):
+        count = math.ceil(extent / tile[axis])
+        size = min(kernel[axis], count)
+        low, high = size // 2, count - 1 - (size - 1) // 2
+        middle = min(max(a[axis] // tile[axis], low), high)
+        if not middle - size // 2 <= b[axis] // tile[axis] <= middle + (size - 1) // 2:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("layout", "along", "density"),
+    [(PICTURE, "h", 0.5), (PICTURE, "w", 0.5), (PICTURE, "fw", 0.7), (VIDEO, "fh", 0.6), (LAYOUTS[2], "hw", 0.3)],
+    ids=str,
+)
+def test_sta_windows_that_span_axes_whole(layout: TokenLayout, along: str, density: float) -> None:
+    """Everything on the named axes; on the one that is left, of all windows the one nearest to the density."""
+    tile = (1, 4, 4) if layout.main.frames == 1 else (2, 4, 4)
+    _, plan, *_ = made(resolve("sta", density=density, **TILES).override(along=along), layout)
     counts = [math.ceil(n / t) for n, t in zip(layout.main.shape, tile, strict=True)]
+    (free,) = [axis for axis in range(3) if "fhw"[axis] not in along and counts[axis] > 1]
+    grid = on_grid(layout)
+    shares = {}
+    for size in range(1, counts[free] + 1):
+        kernel = tuple(size if axis == free else counts[axis] for axis in range(3))
+        held = sum(in_window_of_tiles(layout, tile, kernel, i, j) for i in grid for j in grid)
+        shares[kernel] = 1 - (len(grid) ** 2 - held) / layout.length**2
+    best = min(shares, key=lambda kernel: abs(shares[kernel] - density))
+    expect(plan.to_mask()[0, 0], layout, lambda i, j: in_window_of_tiles(layout, tile, best, i, j))
 
-    def rule(i: int, j: int) -> bool:
-        a, b = cell(layout, i), cell(layout, j)
-        assert a is not None
-        assert b is not None
-        for axis in range(3):
-            size = min(kernel[axis], counts[axis])
-            low, high = size // 2, counts[axis] - 1 - (size - 1) // 2
-            middle = min(max(a[axis] // tile[axis], low), high)
-            if not middle - size // 2 <= b[axis] // tile[axis] <= middle + (size - 1) // 2:
-                return False
-        return True
 
-    expect(plan.to_mask()[0, 0], layout, rule)
+@pytest.mark.parametrize("name", ["sta", "gna", "clear", "delta", "svg1", "moa", "duo", "sparse-vdit"])
+def test_text_above_the_density_leaves_the_least_and_not_everything(name: str) -> None:
+    """Where text alone is more than was asked, rules of places keep their smallest shape."""
+    layout = TokenLayout(grid=(1, 12, 12), text=144)
+    _, plan, *_ = made(resolve(name, density=0.3, dense_steps=0, **SMALL), layout)
+    assert float(plan.density()) < 0.9
 
 
 @pytest.mark.parametrize("layout", [TokenLayout(grid=(6, 6, 8), text=5), TokenLayout(grid=(9, 5, 9))], ids=str)

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from restate import called, cut, expect_groups, fill, made, on_grid, samples, tensors, weights
+from restate import band, called, cut, expect_groups, fill, made, on_grid, samples, spelled, tensors, weights
 from test_faithful_content import along, stable
-from test_faithful_heads import band, spelled
 from test_faithful_llm import LAYOUTS, SMALL, pair
 
 from dit_accel.layout import TokenLayout

@@ -52,7 +52,7 @@ def clip_of(demo, folder: Path, motion: int, seed: int) -> np.ndarray:
     torch.manual_seed(seed)
     pairs = demo.data.load_pairs(folder)
     scene = demo.video_scenes.Scene(seed % len(pairs), (5 * seed) % len(pairs), motion, "")
-    tokenizer = demo.captions.build_tokenizer(demo.video_scenes.build_vocabulary(pairs), clip=False)
+    tokenizer = demo.captions.build_tokenizer(demo.video_scenes.build_vocabulary(pairs))
     table = demo.video_scenes.tabulate([scene], tokenizer, torch.device("cpu"))
     cutouts = demo.video_render.load_for_clips(pairs, torch.device("cpu"))
     clips = demo.video_render.draw_clips(table, torch.tensor([0]), 384, 512)
@@ -115,7 +115,7 @@ def test_captions(demo, pictures):
     assert scenes_of.main_caption(pairs[0], pairs[4], passing) == "a taco passing an apple, noto style"
     assert scenes_of.main_caption(pairs[0], pairs[4], scenes_of.MOTIONS[0]) == "a taco, noto style"
     trained = [p for p in pairs if not p.held_out]
-    tokenizer = demo.captions.build_tokenizer(scenes_of.build_vocabulary(pairs), clip=False)
+    tokenizer = demo.captions.build_tokenizer(scenes_of.build_vocabulary(pairs))
     scenes = scenes_of.draw_scenes(trained, 3000, seed=1)
     table = scenes_of.tabulate(scenes, tokenizer, torch.device("cpu"))
     unknown = tokenizer.convert_tokens_to_ids(demo.captions.UNK)

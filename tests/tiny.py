@@ -111,21 +111,21 @@ def flat_vae(latents: int) -> AutoencoderKL:
     )
 
 
-def flux_transformer(double: int = 1, single: int = 1) -> FluxTransformer2DModel:
+def flux_transformer(double: int = 1, single: int = 1, heads: int = 2) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
         num_layers=double,
         num_single_layers=single,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
 
 
-def flux(seed: int = 0) -> tuple[FluxPipeline, dict[str, Any]]:
+def flux(seed: int = 0, heads: int = 2) -> tuple[FluxPipeline, dict[str, Any]]:
     torch.manual_seed(seed)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -133,7 +133,7 @@ def flux(seed: int = 0) -> tuple[FluxPipeline, dict[str, Any]]:
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5(),
         tokenizer_2=word_tokenizer(),
-        transformer=flux_transformer(),
+        transformer=flux_transformer(heads=heads),
         vae=flat_vae(1),
     )
     return pipe, {
@@ -225,9 +225,10 @@ def wan_parts() -> dict[str, Any]:
 WAN_CALL = {"prompt": "dance monkey", "negative_prompt": "a", "height": 80, "width": 48, "num_frames": 9}
 
 
-def wan() -> tuple[WanPipeline, dict[str, Any]]:
+def wan(heads: int = 2) -> tuple[WanPipeline, dict[str, Any]]:
     torch.manual_seed(0)
-    pipe = WanPipeline(transformer=wan_transformer(attention_head_dim=12), transformer_2=None, **wan_parts())
+    transformer = wan_transformer(attention_head_dim=12, num_attention_heads=heads)
+    pipe = WanPipeline(transformer=transformer, transformer_2=None, **wan_parts())
     return pipe, {**WAN_CALL, "max_sequence_length": 16, "output_type": "latent"}
 
 

@@ -17,6 +17,7 @@ from .order import (
     StaticOrder,
     TileOrder,
 )
+from .profile import Made, Profile
 from .recipe import AXES, Case, Recipe
 from .score import (
     AntidiagonalScore,
@@ -33,6 +34,7 @@ from .score import (
 from .select import (
     AgentSelect,
     AllSelect,
+    Along,
     BandSelect,
     ColumnSelect,
     CumulativeSelect,
@@ -55,6 +57,7 @@ __all__ = [
     "AXES",
     "AgentSelect",
     "AllSelect",
+    "Along",
     "AntidiagonalScore",
     "Axes",
     "AxesOrder",
@@ -78,6 +81,7 @@ __all__ = [
     "Keeps",
     "LinesSelect",
     "LowBitScore",
+    "Made",
     "MassCorrect",
     "MassScore",
     "NeighborhoodSelect",
@@ -86,6 +90,7 @@ __all__ = [
     "Order",
     "PercentileSelect",
     "PooledScore",
+    "Profile",
     "RadialSelect",
     "RasterOrder",
     "Recipe",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 
 class Config(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -40,6 +40,17 @@ def _short(value: object) -> str:
 
 Density = Annotated[float, Field(gt=0, le=1, strict=False)]
 Share = Annotated[float, Field(ge=0, le=1, strict=False)]
+
+
+def _form(value: Any) -> str:
+    return "heads" if isinstance(value, list | tuple) else "all"
+
+
+# one number for all heads, or one for each; told apart by form, so that an error speaks of one of them only
+ShareOfHead = Annotated[
+    Annotated[Share, Tag("all")] | Annotated[tuple[Share, ...], Field(min_length=1, strict=False), Tag("heads")],
+    Discriminator(_form),
+]
 Side = Annotated[int, Field(ge=1, le=4096)]
 Tile = Annotated[tuple[Side, Side, Side], Field(strict=False)]
 Block = Literal[16, 32, 64, 128]

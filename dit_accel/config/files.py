@@ -12,16 +12,16 @@ from ..errors import ConfigError
 from .recipe import Recipe
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON mapping; raise ConfigError when it is missing, broken, too large or no mapping."""
+def read_file(path: Path, mib: int = 1) -> dict[str, Any]:
+    """Read a YAML or JSON mapping; ConfigError when it is missing, broken, no mapping, or larger than so many MiB."""
     try:
-        if path.stat().st_size > 1 << 20:
-            raise ConfigError(f"{path}: larger than 1 MiB, this is no recipe.")
+        if path.stat().st_size > mib << 20:
+            raise ConfigError(f"{path}: larger than {mib} MiB, too much for settings.")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is no valid {path.suffix[1:].upper()} ({str(error).splitlines()[0]}).") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}.")

@@ -17,6 +17,7 @@ from .score import GeometryScore, Score
 from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
+CHOICES = (*AXES, "heads", "search")
 FIXED = ("all", "none")  # rules that would miss any density
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
@@ -55,7 +56,8 @@ class Case(Config, frozen=True):
 class Recipe(Config, frozen=True):
     """One sparse-attention method: a choice on each axis, and when it applies.
 
-    `heads`: patterns among which each head chooses; it then replaces order, score and select. `every`: sparse steps
+    `heads`: patterns among which each head chooses; it then replaces order, score and select. `search`: patterns among
+    which a calibration chooses, until then the recipe's own axes hold (docs/calibration.md). `every`: sparse steps
     between two decisions; `decide_at`: shares of the run at which decisions are made instead; `drift`: a sample decides
     again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
     the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
@@ -71,6 +73,7 @@ class Recipe(Config, frozen=True):
     keeps: Keeps = Keeps()
     correct: Correct | None = None
     heads: HeadChoice | None = None
+    search: HeadChoice | None = None
     cases: Annotated[tuple[Case, ...], Field(strict=False)] = ()
     every: Count = 1
     decide_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()
@@ -93,16 +96,18 @@ class Recipe(Config, frozen=True):
             )
         if self.heads is None:
             _check_axes(self.order, self.score, self.select, self.keeps)
-        else:
-            for option in self.heads.options:
-                _check_axes(option.order, option.score, option.select, self.keeps, option=True)
-        if self.drift is not None and (self.heads is not None or self.order.kind in ("importance", "kmeans")):
+        if self.heads is not None and self.search is not None:
+            raise ValueError("heads choose online, a search is done by calibration: name one of them")
+        patterns = self.heads or self.search
+        for option in patterns.options if patterns else ():
+            _check_axes(option.order, option.score, option.select, self.keeps, option=True)
+        if self.drift is not None and (patterns is not None or self.order.kind in ("importance", "kmeans")):
             raise ValueError("drift decides again for single samples, so all heads must lie in one order of places")
         if self.drift is not None and (self.decide_at or self.decide_layers):
             raise ValueError("drift, decide_at and decide_layers each say when to decide: name one")
         if self.correct is not None and self.correct.kind == "pooled-mass" and self.score.kind != "pooled":
             raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
-        if self.heads is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
+        if patterns is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
             raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
         selects = [self.select, *(case.select for case in self.cases if case.select is not None)]
         corrects = [self.correct, *(case.correct for case in self.cases)]
@@ -149,26 +154,27 @@ class Recipe(Config, frozen=True):
         `density` also turns a rule of fixed size or mass into the same rule for as many pairs as the density allows.
         Raises ConfigError on unknown names and impossible values.
         """
-        data = self.model_dump()
+        data, asked = self.model_dump(), changes.pop("density", None)
         for key, value in changes.items():
-            if key in data and key not in (*AXES, "heads"):
+            if key in data and key not in CHOICES:
                 data[key] = value
-            elif key in (*AXES, "heads"):
+            elif key in CHOICES:
                 data[key] = value if not isinstance(value, Config) else value.model_dump()
-            elif key == "density":
-                data = self._with_density(data, value)
             else:
                 owner = next((axis for axis in AXES if key != "kind" and key in (data[axis] or {})), None)
                 if owner is None:
                     raise ConfigError(f"recipe {self.name!r}: unknown setting {key!r}.{nearest(key, self._settings())}")
                 data[owner] = {**data[owner], key: value}
-        return build(Recipe, data, f"recipe {self.name!r}")
+        made = build(Recipe, data, f"recipe {self.name!r}")
+        return made if asked is None else build(Recipe, made._with_density(asked), f"recipe {self.name!r}")
 
-    def _with_density(self, data: dict[str, Any], density: Any) -> dict[str, Any]:
+    def _with_density(self, density: Any) -> dict[str, Any]:
         """Ask the selection, and those of all options and cases, for a density."""
+        data = self.model_dump()
         out = {**data, "select": self.select.with_density(density)}
-        if self.heads is not None:
-            out["heads"] = _choice_with_density(self.heads, density)
+        for name, choice in (("heads", self.heads), ("search", self.search)):
+            if choice is not None:
+                out[name] = _choice_with_density(choice, density)
         out["cases"] = tuple(
             c.model_dump()
             if c.select is None or c.select.kind in FIXED

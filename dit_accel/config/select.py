@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from .base import Config, Density, Share, Tile
+from .base import Config, Density, Share, ShareOfHead, Tile
 
 
 class Rule(Config, frozen=True):
@@ -50,12 +50,13 @@ class TopKSelect(Rule, frozen=True):
 class TopPSelect(Rule, frozen=True):
     """The best pairs of each row until their share of the score reaches `p`, and at least `least` of the columns.
 
-    With a `density`, each head finds its own p: the one at which its rows together take that many pairs.
+    `least` may be a list with a number for each head, as a calibration finds them. With a `density`, each head finds
+    its own p: the one at which its rows together take that many pairs.
     """
 
     kind: Literal["top-p"] = "top-p"
     p: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.9
-    least: Share = 0.0
+    least: ShareOfHead = 0.0
     density: Density | None = None
 
 
@@ -100,7 +101,7 @@ class ErrorSelect(Rule, frozen=True):
 
     kind: Literal["error"] = "error"
     p: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.9
-    least: Share = 0.0
+    least: ShareOfHead = 0.0
     density: Density | None = None
 
 
@@ -124,13 +125,16 @@ class LinesSelect(Rule, frozen=True):
         return {**self.model_dump(), "p": None, "density": density}
 
 
+Along = Literal["", "f", "h", "w", "fh", "fw", "hw"]
+
+
 # Rules over places ---------------------------------------------------------------------------------------------
 class NeighborhoodSelect(Rule, frozen=True):
     """A window of `kernel` tokens around each query, moved inside the grid at its borders.
 
     Queries in a group of `stride` share one window, None for the tile. `dilation` leaves gaps. Without a `kernel`
-    the window is the same share of every axis, as large as `density` allows. `per`: "token" is exact, "tile" moves
-    whole tiles (kernel counted in tiles).
+    the window is the same share of every axis, as large as `density` allows; `along` names axes that it spans whole, so
+    that the others hold the density. `per`: "token" is exact, "tile" moves whole tiles (kernel counted in tiles).
     """
 
     geometric: ClassVar[bool] = True
@@ -138,8 +142,15 @@ class NeighborhoodSelect(Rule, frozen=True):
     kernel: Tile | None = None
     stride: Tile | None = None
     dilation: Tile = (1, 1, 1)
+    along: Along = ""
     per: Literal["token", "tile"] = "token"
     density: Density = 0.3
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> NeighborhoodSelect:
+        if self.kernel and self.along:
+            raise ValueError("kernel fixes the window on every axis, so along must be empty")
+        return self
 
     @property
     def asked(self) -> float | None:

@@ -7,18 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from .scores import Scene, products
-from .tiling import Tiling
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The log-sum-exps of the grid's queries at a run's first decision, float32 [B, H, units, slots of a unit].
-
-    They belong to the queries as one tiling lays them out.
-    """
+    """The log-sum-exps of the grid's queries at a run's first decision, float32 [B, H, units, slots of a unit]."""
 
     lse: torch.Tensor
-    tiling: Tiling
 
     @property
     def nbytes(self) -> int:
@@ -31,8 +26,6 @@ def score(scene: Scene, before: Reference | None) -> tuple[torch.Tensor, Referen
     AdaSpa, Xia et al. 2025, arXiv 2502.21079: a first search finds the log-sum-exps of full attention and sums in a
     second pass, a later one reuses them. Without `before` the sums are the exact attention, text included.
     """
-    if before is not None and before.tiling is not scene.tiling:
-        before = None  # a case has changed the order
     uploaded, length = scene.tiling.on(scene.q.device), scene.k.shape[1]
     unit = scene.cut.k.unit_of_token(length)[0, 0]
     gather = torch.zeros(length, scene.tiling.units, device=unit.device).scatter_(1, unit[:, None], 1.0)
@@ -46,4 +39,4 @@ def score(scene: Scene, before: Reference | None) -> tuple[torch.Tensor, Referen
         sums.append((share * real[..., None]).sum(3) / real.sum(-1)[:, None])
         kept.append(here)
         done += len(real)
-    return torch.cat(sums, 2), before or Reference(torch.cat(kept, 2), scene.tiling)
+    return torch.cat(sums, 2), before or Reference(torch.cat(kept, 2))

@@ -15,6 +15,7 @@ from ..config import (
     CumulativeSelect,
     ErrorSelect,
     GilbertOrder,
+    HeadChoice,
     ImportanceOrder,
     Keeps,
     KMeansOrder,
@@ -35,6 +36,7 @@ from ..config import (
     TreeScore,
     WithinSelect,
 )
+from ..errors import PlanError
 from ..layout import TokenLayout
 from . import cached, content, error, frames, heads, lines, lowbit, selectors, shapes, tree
 from .adjacency import adjacent
@@ -77,9 +79,8 @@ def _static(recipe: Recipe) -> StaticOrder:
 def decide(recipe: Recipe, inputs: Inputs) -> Decision:
     """Return what a recipe computes. Text rows and columns are always computed; it chooses among grid pairs."""
     if recipe.heads is not None:
-        made = [decide(option(recipe, i), inputs) for i in range(len(recipe.heads.options))]
-        cut, mask, skip = heads.choose(recipe.heads, [(one.cut, one.mask) for one in made], inputs)
-        return Decision(cut, mask, skip_heads=skip)
+        choose = _as_given if recipe.heads.given else _by_loss
+        return choose(recipe, recipe.heads, inputs)
     tiles = tiling_for(recipe, inputs.layout)
     cut, warm = _cut(recipe, tiles, inputs)
     device = inputs.q.device
@@ -100,7 +101,32 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
     return Decision(cut, mask, warm=warm)
 
 
-@lru_cache(maxsize=256)
+def _by_loss(recipe: Recipe, choice: HeadChoice, inputs: Inputs) -> Decision:
+    """Decide every pattern for all heads, and let each head take one."""
+    made = [decide(option(recipe, i), inputs) for i in range(len(choice.options))]
+    cut, mask, skip = heads.choose(choice, [(one.cut, one.mask) for one in made], inputs)
+    return Decision(cut, mask, skip_heads=skip)
+
+
+def _as_given(recipe: Recipe, choice: HeadChoice, inputs: Inputs) -> Decision:
+    """Decide each pattern for the heads that are told to take it, and for no others."""
+    if len(choice.given) != (count := inputs.q.shape[2]):
+        raise PlanError(f"heads.given names options for {len(choice.given)} heads, but the attention has {count}.")
+    taken = heads.takers(choice.given, inputs.q.device)
+    made = {}
+    for number, at in taken.items():
+        if number not in choice.whole:
+            here = option(recipe, number)
+            one = decide(here, inputs.of_heads(at) if here.content_driven else inputs)
+            made[number] = (one.cut, one.mask)
+    first = next(iter(made.values()), None)
+    cut = tiling_for(option(recipe, 0), inputs.layout).on(inputs.q.device).cut if first is None else first[0]
+    everything = torch.ones(1, 1, cut.q.units, cut.k.units, dtype=torch.bool, device=inputs.q.device)
+    parts = [(at, *made.get(number, (cut, everything))) for number, at in taken.items()]
+    return Decision(*heads.assembled(parts, count))
+
+
+@lru_cache(maxsize=4096)
 def option(recipe: Recipe, index: int) -> Recipe:
     """Return the recipe that a head follows when it takes one option."""
     assert recipe.heads is not None
@@ -130,8 +156,9 @@ def _by_score(
         return lines.select(scene, recipe.score.rows, keep, share or 0.0, select), None
     worth, reference = _worth(recipe.score, scene, inputs, keep)
     if isinstance(select, ErrorSelect):
-        return error.select(scene, inputs.v, worth, keep, select.p, select.least, share), reference
-    return _select(select, inputs.layout, scene.cut, worth, keep), reference
+        least = _least(select.least, inputs)
+        return error.select(scene, inputs.v, worth, keep, select.p, least, share), reference
+    return _select(select, inputs, scene.cut, worth, keep), reference
 
 
 def _worth(config: Score, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> tuple[torch.Tensor, Reference | None]:
@@ -144,7 +171,7 @@ def _worth(config: Score, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> t
     return score(scene, config), None
 
 
-def _select(select: Select, layout: TokenLayout, cut: Cut, worth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def _select(select: Select, inputs: Inputs, cut: Cut, worth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     rows, cols = grid_weights(cut.q), grid_weights(cut.k)
     if isinstance(select, WithinSelect):
         return selectors.within(worth, keep, select.radius)
@@ -153,15 +180,29 @@ def _select(select: Select, layout: TokenLayout, cut: Cut, worth: torch.Tensor, 
     if isinstance(select, ThresholdSelect):
         return selectors.threshold(worth, keep, math.log(select.above))
     if isinstance(select, TopPSelect) and select.density is None:
-        return selectors.top_p(worth, keep, select.p, select.least)
+        return selectors.top_p(worth, keep, select.p, _least(select.least, inputs))
     assert select.asked is not None
-    share = grid_share(layout, select.asked)
+    share = grid_share(inputs.layout, select.asked)
     if isinstance(select, TopPSelect):
-        return selectors.top_p_of_density(worth, keep, rows, cols, share, select.least)
+        return selectors.top_p_of_density(worth, keep, rows, cols, share, _least(select.least, inputs))
     if isinstance(select, TopKSelect):
         return selectors.top_k(worth, keep, cols, share, select.spread)
     assert isinstance(select, PercentileSelect)
     return selectors.percentile(worth, keep, rows, cols, share)
+
+
+def _least(least: float | tuple[float, ...], inputs: Inputs) -> float | torch.Tensor:
+    """Return a floor as the selectors take it: a number for all heads, or one for each, uploaded once."""
+    if not isinstance(least, tuple):
+        return least
+    if len(least) != (heads := inputs.q.shape[2]):
+        raise PlanError(f"select.least has numbers for {len(least)} heads, but the attention has {heads}.")
+    return _uploaded(least, inputs.q.device)
+
+
+@lru_cache(maxsize=4096)
+def _uploaded(least: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(least, dtype=torch.float64, device=device).view(1, -1, 1, 1)
 
 
 def grid_share(layout: TokenLayout, density: float) -> float:
@@ -193,6 +234,8 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     step = 1.0 if any(o.select.kind == "lines" for o in options) else 0.5  # half a unit, or a whole line of them
     if step / units > 0.2 * asked:
         return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
+    if recipe.heads is not None and recipe.heads.given and recipe.heads.budget is not None:
+        return ""  # the heads of all sites share the budget
     sizes = _option_sizes(recipe, layout)
     if not sizes:
         return ""

@@ -61,7 +61,7 @@ def select(
     share: torch.Tensor,
     keep: torch.Tensor,
     p: float,
-    least: float,
+    least: float | torch.Tensor,
     asked: float | None,
 ) -> torch.Tensor:
     """Take in each row as many key tokens as top-p would (or its density), those of most error per cost first."""

@@ -17,7 +17,7 @@ from ..config import DiskSelect, NeighborhoodSelect
 from ..kernels.block_sparse import Predicate
 from ..layout import Grid, TokenLayout
 from .plan import Branch, Plan, from_units
-from .shapes import Mask, Numbers, fit_kernel, window
+from .shapes import Mask, Numbers, fit_kernel, wanted, window
 from .tiling import Tiling
 
 
@@ -103,7 +103,9 @@ def _box(
         return [window(extent[a], kernel[a], stride[a], select.dilation[a]) for a in range(3)]
 
     cells = (tiling.layout.length - tiling.layout.text) ** 2
-    kernel = select.kernel or fit_kernel(extent, share or 1.0, lambda k: _box_pairs(windows(k), places) / cells)
+    kernel = select.kernel or fit_kernel(
+        extent, wanted(share), lambda k: _box_pairs(windows(k), places) / cells, select.along
+    )
     axes = windows(kernel)
     first, last, number = (np.stack([axes[a][i][coords[a]] for a in range(3)]) for i in range(3))
     radius = [int((axes[a][1] - axes[a][0])[0]) for a in range(3)]
@@ -139,7 +141,7 @@ def _disk(
     if select.radius is not None:
         frames, reach, scale = select.frames, *_integer_radius(math.ceil(select.radius**2) - 1)
     else:
-        frames, reach = _fit_disk(apart, tiling.layout, share or 1.0)
+        frames, reach = _fit_disk(apart, tiling.layout, wanted(share))
         scale = QUARTERS
     low, high = _per_unit(tiling, coords)
     gap = np.maximum(np.maximum(low[:, None] - high[:, :, None], low[:, :, None] - high[:, None]), 0)

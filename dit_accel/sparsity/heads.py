@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 
 from ..config import HeadChoice
-from ..errors import PlanError
 from . import rows
 from .cut import Cut, Side
 from .inputs import Inputs
@@ -26,7 +25,7 @@ def choose(
     option loses more than the limit, or whose losses are not finite, computes everything. FlexPrefill, Lai et al. 2025,
     looks at no loss: the first option where the pooled score it stands on can be trusted, else the second.
     """
-    best = _given(config, inputs) if config.given else _best(config, options, inputs)
+    best = _best(config, options, inputs)
     everything = options[0][0]
     options = [*options, (everything, torch.ones_like(options[0][1]))]
     cut = _merged([cut for cut, _ in options], best)
@@ -34,12 +33,39 @@ def choose(
     return cut, mask, ~mask.any(-1).any(-1)
 
 
+@lru_cache(maxsize=4096)
+def takers(given: tuple[int, ...], device: torch.device) -> dict[int, torch.Tensor]:
+    """Return the heads, int64, that are given each number, uploaded once."""
+    return {
+        number: torch.tensor([head for head, its in enumerate(given) if its == number], device=device)
+        for number in sorted(set(given))
+    }
+
+
+def assembled(
+    parts: list[tuple[torch.Tensor, Cut, torch.Tensor]], heads: int
+) -> tuple[Cut, torch.Tensor, torch.Tensor]:
+    """Return the cut and unit mask of all heads, and which compute nothing, from those of disjoint groups of heads.
+
+    `parts`: heads int64 [n], how they lie, and their mask, bool [B|1, n|1, query units, key units].
+    """
+    cuts = [cut for _, cut, _ in parts]
+    which = torch.zeros(1, heads, dtype=torch.int64, device=parts[0][0].device)
+    for number, (at, _, _) in enumerate(parts):
+        which.index_fill_(1, at, number)
+    cut = cuts[0] if all(cut is cuts[0] for cut in cuts) else _merged(cuts, which)
+    batch = max(mask.shape[0] for _, _, mask in parts)
+    out = torch.zeros(batch, heads, cut.q.units, cut.k.units, dtype=torch.bool, device=which.device)
+    for at, _, mask in parts:
+        out.index_copy_(1, at, _grown(mask, cut.q.units, cut.k.units).expand(batch, len(at), -1, -1))
+    return cut, out, ~out.any(-1).any(-1)
+
+
 def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> torch.Tensor:
     """Return the number of the option each head takes, int64 [B, H]; one more than the last is everything."""
     if config.trust is not None:
         return _trusted(config.trust, divergence(options[0][0], inputs, config.rows))
-    losses = torch.stack(_losses(config, options, inputs))  # [options, B, H]
-    computed = torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
+    losses, computed = measured(config, options, inputs)
     price = config.price if config.budget is None else _price(losses, computed, config.budget)
     best = (losses + price * computed).argmin(0)
     unsure = ~torch.isfinite(losses).all(0)
@@ -53,17 +79,12 @@ def _trusted(limit: float, apart: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(apart), (apart >= limit).long(), 2)
 
 
-def _given(config: HeadChoice, inputs: Inputs) -> torch.Tensor:
-    """Return the numbers that the settings name, int64 [B, H]."""
-    batch, _, heads, _ = inputs.q.shape
-    if len(config.given) != heads:
-        raise PlanError(f"heads.given names options for {len(config.given)} heads, but the attention has {heads}.")
-    return _upload(config.given, inputs.q.device).expand(batch, -1)
-
-
-@lru_cache(maxsize=256)
-def _upload(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, device=device)[None]
+def measured(
+    config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each option loses and which share of all pairs it computes, float32 [options, B, H] both."""
+    losses = torch.stack(_losses(config, options, inputs))
+    return losses, torch.stack([_density(cut, mask).expand_as(losses[0]) for cut, mask in options])
 
 
 def _price(losses: torch.Tensor, computed: torch.Tensor, budget: float) -> torch.Tensor:

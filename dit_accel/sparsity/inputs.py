@@ -24,3 +24,11 @@ class Inputs:
     scale: float
     bias: torch.Tensor | None = None
     warm: Warm | None = None
+
+    def of_heads(self, at: torch.Tensor) -> Inputs:
+        """Return the inputs of some heads, int64 [heads]."""
+        q, k, v = (x.index_select(2, at) for x in (self.q, self.k, self.v))
+        bias = self.bias
+        if bias is not None and bias.shape[1] > 1:
+            bias = bias.index_select(1, at)
+        return Inputs(self.layout, q, k, v, self.scale, bias)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import AgentSelect, DiskSelect, NeighborhoodSelect, Recipe, ResidualCorrect
+from ..config import AgentSelect, DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
@@ -20,6 +20,7 @@ from .drift import Probe, look
 from .exact import exact_plan
 from .inputs import Inputs, Warm
 from .plan import PackedPlan, Plan, from_units
+from .profiled import Profiled
 from .state import state_bytes
 
 STATE_LIMIT = 8 << 30  # bytes of decisions kept between steps
@@ -28,8 +29,9 @@ LAYOUT_LIMIT = 8  # geometric plans kept
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one site and branch remembers: its last decision, and where the next one may start."""
+    """What one site and branch remembers: its last decision, by which recipe, and where the next one may start."""
 
+    recipe: Recipe
     step: int
     layout: TokenLayout
     shape: tuple[int, ...]
@@ -62,11 +64,14 @@ class Planner:
     """Decide plans for one recipe and remember them within a run.
 
     Geometric plans depend on the layout alone and are shared by all sites. Content-driven plans are kept per
-    (site, guidance branch) as bitmaps, with one row a sample; a new run drops them all.
+    (site, guidance branch) as bitmaps, with one row a sample; a new run drops them all. With a `profile` heads follow
+    what a calibration found.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, profile: Profile | None = None) -> None:
         self.recipe = recipe
+        self._bare = recipe.model_copy(update={"search": None})  # it would be hashed at every call
+        self._profiled = None if profile is None else Profiled(self._bare, profile)
         self._fixed: dict[tuple[Recipe, TokenLayout, torch.device], _Fixed] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._missing: dict[tuple[str, str], _Kept] = {}
@@ -96,7 +101,7 @@ class Planner:
         if site.index < recipe.dense_layers:
             return f"first {recipe.dense_layers} layers stay dense"
         if step.index is None or step.total is None:
-            if recipe.dense_steps or recipe.stateful or recipe.cases:
+            if recipe.dense_steps or recipe.stateful or recipe.cases or self._profiled is not None:
                 return step.reason
         else:
             first = int(recipe.dense_steps * step.total + 0.5)
@@ -107,6 +112,8 @@ class Planner:
             return "density 1 is dense"
         if here.select.kind == "all" and here.heads is None:
             return "the recipe computes every pair here"
+        if here.heads is not None and here.heads.full:
+            return "all heads compute everything here"
         return slower_reason(layout.length, here.density, x.device) if recipe.adaptive else ""
 
     def plan(self, call: AttentionCall) -> Plan:
@@ -119,7 +126,9 @@ class Planner:
 
     def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
         share = step.index / step.total if step.index is not None and step.total else 0.0
-        return self.recipe.at(site.index, site.count, share)
+        if self._profiled is not None:
+            return self._profiled.at(site, share)
+        return self._bare.at(site.index, site.count, share)
 
     # -- by place alone ---------------------------------------------------------------------------------------------
     def _geometric(self, recipe: Recipe, call: AttentionCall) -> Plan:
@@ -135,7 +144,7 @@ class Planner:
     def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
         key = (_decider(recipe, call.site), call.step.branch)
         kept = self._kept.get(key)
-        if kept is not None and not self._fits(kept, call):
+        if kept is not None and not self._fits(recipe, kept, call):
             kept = None
         if kept is not None and kept.probe is not None:
             kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
@@ -157,21 +166,22 @@ class Planner:
         kept = self._missing.get(key)
         if (
             kept is None
-            or not self._fits(kept, call)
+            or not self._fits(recipe, kept, call)
             or kept.missing is None
             or now - kept.step >= recipe.correct.every
         ):
             self._make_room(recipe, call, kept)
             missing = Missing(now)
             shape = tuple(call.q.shape)
-            self._missing[key] = _Kept(now, call.layout, shape, call.q.device, missing=missing)
+            self._missing[key] = _Kept(recipe, now, call.layout, shape, call.q.device, missing=missing)
             return residual(plan, recipe.correct, cut, missing, measure=True)
         return residual(plan, recipe.correct, cut, kept.missing, measure=False)
 
     # -- what is kept -----------------------------------------------------------------------------------------------
-    def _fits(self, kept: _Kept, call: AttentionCall) -> bool:
+    def _fits(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
+        """Say whether what is kept belongs to calls like this one, and to what is asked of it here and now."""
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
-        return same and (call.step.index is None or call.step.index >= kept.step)
+        return same and kept.recipe == recipe and (call.step.index is None or call.step.index >= kept.step)
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step
@@ -189,8 +199,9 @@ class Planner:
         if recipe.reuses:
             packed = PackedPlan.pack(decision.mask, decision.cut.at_rest(), note, decision.skip_heads)
         probe = None if recipe.drift is None else Probe(look(call.layout, call.q, call.k))
+        shape = tuple(call.q.shape)
         self._kept[key] = _Kept(
-            call.step.index, call.layout, tuple(call.q.shape), call.q.device, packed, decision.warm, probe=probe
+            recipe, call.step.index, call.layout, shape, call.q.device, packed, decision.warm, probe=probe
         )
 
     def _make_room(self, recipe: Recipe, call: AttentionCall, before: _Kept | None) -> None:

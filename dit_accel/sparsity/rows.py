@@ -16,13 +16,14 @@ BYTES = 256 << 20  # of logits held at once
 
 @lru_cache(maxsize=64)
 def sample(layout: TokenLayout, count: int, device: torch.device) -> torch.Tensor:
-    """Return about `count` tokens spread evenly over the main grid, int64 [rows]; always the same ones.
+    """Return about `count` tokens spread evenly over the main grid, or all of them, int64 [rows]; always the same ones.
 
     One per cell of a coarse grid, jittered by a fixed low-discrepancy sequence so that no row or column is favoured.
     Papers on language models take the last queries instead, which in a picture are one corner.
     """
     start, grid = next((s, g) for s, g in layout.spans() if isinstance(g, Grid) and g == layout.main)
-    count = min(count, grid.length)
+    if count >= grid.length:
+        return torch.arange(start, start + grid.length, device=device)
     # Roberts' R3 sequence: its points fill the unit cube evenly at any count
     golden = 1.2207440846057596
     points = (0.5 + np.arange(1, count + 1)[:, None] * golden ** -np.arange(1, 4)) % 1

@@ -3,7 +3,7 @@
 All selectors take float scores [B, H, rows, cols] over grid units, the tokens in each row and column unit ([rows] and
 [cols], or [B|1, H|1, rows] where batch rows and heads differ), and a boolean mask of pairs that are kept whatever their
 score; they return a boolean mask [B, H, rows, cols] that contains the kept pairs. A NaN or infinite score means
-"compute it". No selector synchronises with the host.
+"compute it". A `least` is one number, or float64 [1, H, 1, 1]. No selector synchronises with the host.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _fill_head(ranked: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, sha
     return _fill_budget(ranked.flatten(-2), pairs, budget).view_as(ranked)
 
 
-def top_p(score: torch.Tensor, keep: torch.Tensor, p: float, least: float = 0.0) -> torch.Tensor:
+def top_p(score: torch.Tensor, keep: torch.Tensor, p: float, least: float | torch.Tensor = 0.0) -> torch.Tensor:
     """Take in each row the best pairs until they hold `p` of the row's score, the crossing one included.
 
     At least a share `least` of the columns is taken (Jenga, Zhang et al. 2025; Sparse VideoGen 2, Yang et al. 2025).
@@ -110,7 +110,12 @@ def top_p(score: torch.Tensor, keep: torch.Tensor, p: float, least: float = 0.0)
 
 
 def top_p_of_density(
-    score: torch.Tensor, keep: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, share: float, least: float = 0.0
+    score: torch.Tensor,
+    keep: torch.Tensor,
+    rows: torch.Tensor,
+    cols: torch.Tensor,
+    share: float,
+    least: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
     """Take in each head the pairs that top-p would, at the p where they cover `share` of the pairs of tokens.
 
@@ -134,9 +139,10 @@ def _mass_before(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return order, ordered.cumsum(-1) - ordered
 
 
-def _first(ordered: torch.Tensor, least: float) -> torch.Tensor:
+def _first(ordered: torch.Tensor, least: float | torch.Tensor) -> torch.Tensor:
     """Mark the first `least` of the columns, rounded down."""
-    count = int(least * ordered.shape[-1])
+    share = least * ordered.shape[-1]
+    count = share.long() if isinstance(share, torch.Tensor) else int(share)
     return (torch.arange(ordered.shape[-1], device=ordered.device) < count).expand_as(ordered)
 
 

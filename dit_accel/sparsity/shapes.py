@@ -36,6 +36,11 @@ def unit_mask(tiling: Tiling, select: Select, share: float | None) -> Mask:
     return np.full((units, units), select.kind == "all")
 
 
+def wanted(share: float | None) -> float:
+    """Return the share of pairs asked of a rule, 1 if none is; 0 (text alone is above the density) is the least."""
+    return 1.0 if share is None else max(share, 1e-9)
+
+
 def sizes(tiling: Tiling) -> npt.NDArray[np.float64]:
     """Return the tokens of each grid unit, float64 [units]."""
     return tiling.tokens[tiling.grid].astype(np.float64)
@@ -87,15 +92,23 @@ def neighborhood(tiling: Tiling, select: NeighborhoodSelect, share: float | None
     if select.kernel is not None:
         return mask(select.kernel)
     tokens = sizes(tiling)
-    return mask(fit_kernel(counts, share or 1.0, lambda kernel: share_of(mask(kernel), tokens)))
+    return mask(fit_kernel(counts, wanted(share), lambda kernel: share_of(mask(kernel), tokens), select.along))
 
 
-def fit_kernel(extent: tuple[int, ...], share: float, measure: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
-    """Choose the kernel, about the same share of every axis, whose measured share of pairs is nearest to `share`."""
-    axes = [axis for axis in range(3) if extent[axis] > 1]
+def fit_kernel(
+    extent: tuple[int, ...], share: float, measure: Callable[[tuple[int, ...]], float], along: str = ""
+) -> tuple[int, ...]:
+    """Choose the kernel whose measured share of pairs is nearest to `share`.
+
+    It is about the same share of every axis but those of `along` ("f", "h", "w"), which it spans whole.
+    """
+    axes = [axis for axis in range(3) if extent[axis] > 1 and "fhw"[axis] not in along]
     even = share ** (1 / max(len(axes), 1))
     around = []
     for axis in range(3):
+        if axis not in axes:
+            around.append([extent[axis]])
+            continue
         ideal = even * extent[axis]
         near = {int(np.floor(ideal)), int(np.ceil(ideal)), int(np.floor(ideal)) - 1, int(np.ceil(ideal)) + 1}
         around.append(sorted({min(max(n, 1), extent[axis]) for n in near}))
@@ -119,7 +132,7 @@ def band(tiling: Tiling, share: float | None) -> Mask:
     tokens = sizes(tiling)
     middle = tokens.cumsum() - tokens / 2
     apart = np.abs(middle[:, None] - middle)
-    return apart <= _cut(apart, np.outer(tokens, tokens), share or 1.0)
+    return apart <= _cut(apart, np.outer(tokens, tokens), wanted(share))
 
 
 def _cut(apart: npt.NDArray[np.float64], cost: npt.NDArray[np.float64], share: float) -> float:
@@ -136,8 +149,8 @@ def columns(tiling: Tiling, share: float | None) -> Mask:
     One of the patterns of Sparse-vDiT, Chen et al. 2025, arXiv 2506.03065, which leaves the columns' choice open.
     """
     units = int(tiling.grid.sum())
-    wanted = min(max(round((share or 1.0) * units), 1), units)
-    picked = (np.arange(wanted) * units + units // 2) // wanted
+    count = min(max(round(wanted(share) * units), 1), units)
+    picked = (np.arange(count) * units + units // 2) // count
     mask = np.zeros((units, units), dtype=bool)
     mask[:, np.minimum(picked, units - 1)] = True
     return mask

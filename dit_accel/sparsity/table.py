@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import get_args
 
 from ..config import (
     AgentSelect,
     AllSelect,
+    Along,
     AntidiagonalScore,
     Axes,
     AxesOrder,
@@ -52,6 +54,7 @@ from . import papers
 
 GRAT_TILES = TileOrder(picture=(1, 16, 16), video=(4, 8, 8))
 DRAFT_TILES = TileOrder(picture=(1, 8, 16), video=(1, 8, 16))
+STA_TILES = TileOrder(picture=(1, 16, 16), video=(6, 8, 8))
 CUBES = TileOrder(picture=(1, 8, 8), video=(4, 4, 4))
 BLOCKS_OF_128 = TileOrder(picture=(1, 8, 16), video=(2, 8, 8))
 NOTHING = Keeps(own=False)
@@ -63,6 +66,15 @@ def _by_name(*recipes: Recipe) -> dict[str, Recipe]:
 
 def _band(axes: Axes = "fhw", density: float = 0.3) -> Option:
     return Option(order=AxesOrder(axes=axes), select=BandSelect(density=density))
+
+
+def _windows(*densities: float) -> Iterator[Option]:
+    """Yield windows of tiles that span some axes whole, or none."""
+    for density in densities:
+        for along in get_args(Along):
+            select = NeighborhoodSelect(stride=(1, 1, 1), along=along, per="tile", density=density)
+            yield Option(order=STA_TILES, select=select)
+    yield Option(order=STA_TILES, select=AllSelect())
 
 
 BY_PLACE = _by_name(
@@ -80,8 +92,9 @@ BY_PLACE = _by_name(
     Recipe(name="clear", order=CUBES, select=DiskSelect(radius=16), keeps=NOTHING, sources=(papers.CLEAR,)),
     Recipe(
         name="sta",
-        order=TileOrder(picture=(1, 16, 16), video=(6, 8, 8)),
+        order=STA_TILES,
         select=NeighborhoodSelect(kernel=(3, 3, 3), stride=(1, 1, 1), per="tile"),
+        search=HeadChoice(options=tuple(_windows(0.1, 0.2, 0.4)), budget=0.2),
         sources=(papers.STA,),
     ),
     Recipe(name="radial", order=AxesOrder(whole=True), select=RadialSelect(decay=0.95), sources=(papers.RADIAL,)),

@@ -1,6 +1,11 @@
-"""Captions of the training pictures and the word-level tokenizers of both text encoders."""
+"""Captions of the training pictures and the word-level tokenizers of both text encoders.
+
+CLIP reads the style and nothing else, T5 reads everything but the style. So a style reaches the transformer only as a
+modulation of all its layers, and what is learnt of it on some things holds for others.
+"""
 
 import random
+from typing import Literal
 
 import torch
 from data import STYLES, Pair
@@ -13,8 +18,11 @@ LENGTH = 32  # longest caption trained on, in tokens
 CLIP_LENGTH = 77
 T5_LENGTH = 512
 VARIANTS = 24  # captions drawn up for one picture
-STYLE_ONLY, CONCEPT_ONLY, FREE = 2, 3, 4  # places of captions that name one thing alone, and of the first free form
+CONCEPT_ONLY, FREE = 3, 4  # places of the caption that names no style, and of the first free form
 MAIN_SHARE, EMPTY_SHARE, STYLE_SHARE, CONCEPT_SHARE = 0.45, 0.08, 0.08, 0.04
+Reads = Literal["everything", "style", "things"]
+STYLE_WORD = r"noto|twemoji|fluent(?= flat| 3d)|(?<=fluent )(?:flat|3d)"
+STYLE_PHRASE = r",? ?(?:in )?\b(?:noto|twemoji|fluent flat|fluent 3d)\b(?: style\b)?"
 TEMPLATES = (
     "a {label}, {style} style",
     "{label} in {style} style",
@@ -47,8 +55,8 @@ def variants(pair: Pair, seed: int) -> list[str]:
 def variant_shares() -> torch.Tensor:
     shares = torch.full((VARIANTS,), 1.0)
     fixed = torch.tensor([MAIN_SHARE, EMPTY_SHARE, STYLE_SHARE, CONCEPT_SHARE])
-    shares[4:] = (1 - fixed.sum()) / (VARIANTS - 4)
-    shares[:4] = fixed
+    shares[FREE:] = (1 - fixed.sum()) / (VARIANTS - FREE)
+    shares[:FREE] = fixed
     return shares
 
 
@@ -65,11 +73,16 @@ def word_splitter() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(Regex(r"<unk>|\w+|[^\w\s]"), behavior="removed", invert=True)
 
 
-def build_tokenizer(vocabulary: dict[str, int], clip: bool) -> PreTrainedTokenizerFast:
-    """CLIP's starts with <s> and reads 77 tokens; T5's has no start token and reads 512."""
+def build_tokenizer(vocabulary: dict[str, int], reads: Reads = "everything") -> PreTrainedTokenizerFast:
+    """A tokenizer that passes over what it does not read. CLIP's reads the style, starts with <s>, takes 77 tokens."""
+    clip = reads == "style"
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = word_splitter()
+    steps = [normalizers.NFKC(), normalizers.Lowercase()]
+    if reads == "things":
+        steps.append(normalizers.Replace(Regex(STYLE_PHRASE), " "))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    style_words = pre_tokenizers.Split(Regex(STYLE_WORD), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = style_words if clip else word_splitter()
     template = f"{BOS} $A {EOS}" if clip else f"$A {EOS}"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(s, vocabulary[s]) for s in (BOS, EOS)]

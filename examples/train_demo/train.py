@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import LENGTH, STYLE_ONLY, build_tokenizer, build_vocabulary, encode, variant_shares, variants
+from captions import LENGTH, UNK, build_tokenizer, build_vocabulary, encode, variant_shares, variants
 from data import UNNAMED, Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
@@ -31,7 +31,6 @@ from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
 EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
-VISIBLE, STYLE_ALONE_SHARE = 0.6, 0.3  # below this time a concept can be seen through the noise
 DECAY_SHARE = 0.45
 
 
@@ -104,7 +103,7 @@ class Data:
 
     latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents, those of the unnamed pictures last
     named: int
-    clip_tokens: torch.Tensor  # [pairs, variants, tokens]
+    clip_tokens: torch.Tensor  # [pictures, variants, tokens]
     t5_tokens: torch.Tensor
     shares: torch.Tensor  # of the caption variants
 
@@ -112,8 +111,10 @@ class Data:
 def build_data(pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group) -> Data:
     named = sum(pair.label != UNNAMED for pair in pairs)
     texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
-    clip = encode(build_tokenizer(vocabulary, clip=True), texts, LENGTH).view(len(pairs), -1, LENGTH)
-    t5 = encode(build_tokenizer(vocabulary, clip=False), texts, LENGTH).view(len(pairs), -1, LENGTH)
+    # CLIP must not see which pictures are unnamed: it reads the style alone
+    styles = [text.replace(UNK, "") for text in texts]
+    clip = encode(build_tokenizer(vocabulary, "style"), styles, LENGTH).view(len(pairs), -1, LENGTH)
+    t5 = encode(build_tokenizer(vocabulary, "things"), texts, LENGTH).view(len(pairs), -1, LENGTH)
     return Data(latents, named, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
 
 
@@ -140,13 +141,6 @@ def draw_pictures(data: Data, batch: int) -> torch.Tensor:
     return torch.where(torch.rand(batch, device=device) < EXTRA_SHARE, extra, named)
 
 
-def draw_captions(data: Data, times: torch.Tensor) -> torch.Tensor:
-    """Caption variants; where the concept can be seen, often the style alone, so that surfaces follow the style."""
-    captions = torch.multinomial(data.shares, len(times), replacement=True)
-    style_alone = (times < VISIBLE) & (torch.rand_like(times) < STYLE_ALONE_SHARE)
-    return torch.where(style_alone, STYLE_ONLY, captions)
-
-
 def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(tokens, (0, length - tokens.shape[-1]))
 
@@ -159,7 +153,7 @@ def loss_of(
     device, batch = clean.device, kind.batch
     pairs = draw_pictures(data, batch)
     times = draw_times(batch, kind.pixels, device)
-    captions = draw_captions(data, times)
+    captions = torch.multinomial(data.shares, batch, replacement=True)
     x0 = clean[pairs].float()
     noise = torch.randn_like(x0)
     noisy = torch.lerp(x0, noise, times[:, None, None]).to(clean.dtype)

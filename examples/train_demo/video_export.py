@@ -29,7 +29,7 @@ def export(args: argparse.Namespace) -> None:
     transformer.load_state_dict(part(weights, "transformer."))
     text.load_state_dict(part(weights, "text."), strict=False)  # its second name for the embedding is left out
     pipe = WanPipeline(
-        tokenizer=build_tokenizer(vocabulary, clip=False),
+        tokenizer=build_tokenizer(vocabulary),
         text_encoder=text.to(torch.bfloat16),
         vae=AutoencoderKLWan.from_pretrained(args.work / "vae").to(torch.bfloat16),
         scheduler=build_scheduler(args.shift),

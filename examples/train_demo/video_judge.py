@@ -21,7 +21,7 @@ from video_scenes import MOTIONS, Scene, build_vocabulary, tabulate
 
 def real_clips(pairs: list[Pair], scenes: list[Scene], device: torch.device) -> dict[str, np.ndarray]:
     """Rendered clips of the scenes, summarised as drawn ones are: what judge and tracker say at best."""
-    table = tabulate(scenes, build_tokenizer(build_vocabulary(pairs), clip=False), device)
+    table = tabulate(scenes, build_tokenizer(build_vocabulary(pairs)), device)
     cutouts = load_for_clips(pairs, device)
     waiting = []
     with ThreadPoolExecutor() as pool:

@@ -59,6 +59,26 @@ def test_a_whole_study(evaluate: Evaluate, tmp_path: Path) -> None:
         assert f"| {name} |" in table.read_text()
 
 
+def test_a_calibrated_recipe_takes_part_beside_itself(
+    evaluate: Evaluate, cli: Evaluate, model: Path, tmp_path: Path
+) -> None:
+    output, profile = tmp_path / "out.html", tmp_path / "duo.json"
+    few = ("--recipe", "duo", "--density", 0.6, "--no-rivals", "--no-floors")
+    made = cli("calibrate", model, "--recipe", "duo", "--density", 0.6, "--set", "sinks=0", "-o", profile, *SMALL)
+    assert made.exit_code == 0, made.output
+    assert evaluate(output, *few, "--profile", profile).exit_code == 0
+    rows = {row.candidate: row for row in rows_of(output)}
+    assert set(rows) == {"reference", "duo@0.6", "duo@0.6+profile"}
+    assert not [row.error for row in rows.values() if row.error]
+    definition = rows["duo@0.6+profile"].definition
+    assert definition["dense_steps"] == 0.2
+    assert len(definition["profile"]) == 16
+    assert "another one is called duo@0.6+profile" in error_of(
+        evaluate(output, *few, "--profile", profile, "--profile", profile)
+    )
+    assert "none.json: cannot be read" in error_of(evaluate(output, *few, "--profile", tmp_path / "none.json"))
+
+
 def _check_sparse(row: Row) -> None:
     assert row.density is not None
     assert row.overall_density is not None

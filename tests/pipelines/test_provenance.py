@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dit_accel.errors import ConfigError
-from dit_accel.pipelines import media, provenance
+from dit_accel.pipelines import media
 from dit_accel.pipelines.media import Media
 from dit_accel.pipelines.provenance import check_target, read, write
 
@@ -51,9 +51,9 @@ def test_existing_file_is_kept_and_force_replaces_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     path = tmp_path / "a.png"
-    monkeypatch.setattr(provenance.os, "fsync", lambda _: path.write_bytes(b"theirs"))
+    monkeypatch.setattr(os, "fsync", lambda _: path.write_bytes(b"theirs"))
     if not links:
-        monkeypatch.setattr(provenance.os, "link", _no_links)
+        monkeypatch.setattr(os, "link", _no_links)
     with pytest.raises(ConfigError, match="exists already"):
         write(PICTURE, path, {})
     assert path.read_bytes() == b"theirs"
@@ -61,7 +61,7 @@ def test_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest
 
 
 def test_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance.os, "link", _no_links)
+    monkeypatch.setattr(os, "link", _no_links)
     write(PICTURE, tmp_path / "a.png", MADE_WITH)
     assert read(tmp_path / "a.png") == MADE_WITH
 
@@ -82,7 +82,7 @@ def test_failure_while_writing_leaves_nothing(
     def fail(_: int) -> None:
         raise error
 
-    monkeypatch.setattr(provenance.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises((KeyboardInterrupt, ConfigError)) as raised:
         write(PICTURE, path, {}, force=force)
     assert isinstance(raised.value, KeyboardInterrupt) or "No space left" in str(raised.value)
@@ -121,7 +121,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: p
     def refuse(*_: Any) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(provenance.os, "open", refuse)  # a real folder would not refuse the superuser
+    monkeypatch.setattr(os, "open", refuse)  # a real folder would not refuse the superuser
     with pytest.raises(ConfigError, match=r"a.png: cannot be written \(Permission denied\)"):
         check_target(tmp_path / "a.png", force=False)
 
