@@ -127,9 +127,7 @@ def test_guidance_branches_share_nothing(name: str) -> None:
     differs = False
     for key, old in kept[0].items():
         new = kept[1][key]
-        pairs = (
-            [(a, getattr(new.warm, name)) for name, a in vars(old.warm).items() if name != "tiling"] if old.warm else []
-        )
+        pairs = list(zip(vars(old.warm).values(), vars(new.warm).values(), strict=True)) if old.warm else []
         pairs += [(old.plan.bits, new.plan.bits)] if old.plan else []
         pairs += [(old.missing.rest, new.missing.rest)] if old.missing else []
         same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
