@@ -83,14 +83,17 @@ class CumulativeSelect(Rule, frozen=True):
 
 
 class ThresholdSelect(Rule, frozen=True):
-    """The pairs of units in which any query may give any key more than `above` of its attention (score 'low-bit')."""
+    """The pairs of units in which any query may give any key more than `above` of its attention (score 'low-bit').
+
+    With a density the best pairs of each row instead: what a share is held against differs from query to query.
+    """
 
     kind: Literal["threshold"] = "threshold"
     above: Annotated[float, Field(gt=0, lt=1, strict=False)] = 0.008
 
     def with_density(self, density: Any) -> dict[str, Any]:
-        """Return the percentile rule: the same ranking, cut by density."""
-        return {"kind": "percentile", "density": density}
+        """Return the rule of the best pairs of each row, as many as the density allows."""
+        return {"kind": "top-k", "density": density}
 
 
 class ErrorSelect(Rule, frozen=True):
