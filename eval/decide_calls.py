@@ -13,10 +13,12 @@ import torch
 
 from dit_accel.attend import attend, run
 from dit_accel.call import AttentionCall, Site
-from dit_accel.config import KMeansOrder, Recipe
+from dit_accel.config import Recipe
 from dit_accel.engine import Engine
+from dit_accel.kernels.choice import prefer
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import planner
+from dit_accel.sparsity.plan import Plan
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.recipes import resolve
 from dit_accel.step import StepInfo
@@ -88,6 +90,8 @@ class Calls:
         if kind == "first":
             return self.call(0)
         attend(self.call(0), self.engine)
+        if kind == "again":
+            return self.call(round(self.recipe.decide_at[0] * STEPS) if self.recipe.decide_at else self.recipe.every)
         return self.call(0, SITE + 1) if self.recipe.decide_layers else self.call(1)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -111,8 +115,7 @@ def uses(recipe: Recipe) -> dict[str, int]:
     seen: list[str] = []
 
     def decide(recipe: Recipe, inputs: Any) -> Any:
-        cold = isinstance(recipe.order, KMeansOrder) and inputs.warm is None
-        seen.append("first" if cold or not isinstance(recipe.order, KMeansOrder) else "again")
+        seen.append("first" if inputs.warm is None else "again")
         return original(recipe, inputs)
 
     counts: Counter[str] = Counter()
@@ -143,10 +146,14 @@ def _pretend(fix: Any, call: AttentionCall) -> None:
 def sampled_error(calls: Calls, rows: int = 48) -> float:
     """Return ‖out - gold‖ / ‖gold‖ of a call's branches, before corrections, over random queries against float64.
 
-    NaN where the outputs are not finite. The gold attends the very pairs that the plan says.
+    NaN where the outputs are not finite. The gold attends the very pairs that the plan says; an operator, which has
+    none, is held against itself in torch's operations.
     """
     call = calls.prepared("first")
-    plan = replace(calls.engine.planner.plan(call), pooled=(), fixes=())
+    plan = calls.engine.planner.plan(call)
+    if plan.operator:
+        return _of_operator(plan, call)
+    plan = replace(plan, pooled=(), fixes=())
     out = run(plan, call.q, call.k, call.v, call.scale)
     if not out.isfinite().all():
         return math.nan
@@ -160,6 +167,13 @@ def sampled_error(calls: Calls, rows: int = 48) -> float:
         bottom += float(gold.square().sum())
     calls.engine.clear()  # what a residual planned to measure was left out
     return math.sqrt(top / max(bottom, 1e-300))
+
+
+def _of_operator(plan: Plan, call: AttentionCall) -> float:
+    out = run(plan, call.q, call.k, call.v, call.scale)
+    with prefer("reference"):
+        gold = run(plan, call.q, call.k, call.v, call.scale)
+    return float((out - gold).norm() / gold.norm())
 
 
 def _sample(case: Case, rows: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:

@@ -72,7 +72,7 @@ def test_the_table_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
         ("grat-b", {"kept": 50}),
         ("balanced", {"first": 50}),
         ("dfs", {"first": 5, "kept": 45}),
-        ("adaspa", {"first": 3, "kept": 47}),
+        ("adaspa", {"first": 1, "again": 2, "kept": 47}),
         ("svg2", {"first": 1, "again": 49}),
         ("tidal", {"first": 200, "kept": 1800}),
         ("rettention", {"kept": 40}),

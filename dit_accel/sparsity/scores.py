@@ -6,6 +6,7 @@ non-finite, which selectors read as "compute it". Text is kept by rule and has n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -155,7 +156,7 @@ def subtiles(scene: Scene, config: SubtileScore) -> torch.Tensor:
     DFSAttn (ICML 2026) with 16 tokens along a Hilbert curve. There a ragged last piece is averaged with
     zeros; here a piece counts by its real tokens.
     """
-    runs = _runs(scene.tiling, config.tokens, scene.q.device)
+    runs = runs_of(scene.tiling, config.tokens, scene.q.device)
     means_q, means_k = unit_means_of_two(scene.q, scene.k, runs.slots[None, None], runs.length)
     return _summed_softmax(means_q, means_k, runs.tokens, scene.scale, len(scene.cut.q.grid))
 
@@ -166,14 +167,14 @@ def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
     XAttention, Xu et al. 2025, arXiv 2503.16428: queries in reversed order against keys in order, inside each run of
     `stride` tokens. Where a run is ragged, its mean stands for the missing tokens and it counts by its real ones.
     """
-    runs = _runs(scene.tiling, config.stride, scene.q.device)
-    q, k = (_filled(_pieces(runs, x), runs) for x in (scene.q, scene.k))
+    runs = runs_of(scene.tiling, config.stride, scene.q.device)
+    q, k = (_filled(_laid(runs, x), runs) for x in (scene.q, scene.k))
     flat_q, flat_k = q.flip(-2).flatten(-2), k.flatten(-2)
     return _summed_softmax(flat_q, flat_k, runs.tokens, scene.scale / config.stride, len(scene.cut.q.grid))
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
+class Runs:
     """Runs of `length` slots of the grid units: int32 `slots`, int64 `at` without holes, `hole`s [runs, length, 1].
 
     `tokens` float32 [runs] are counted; `holes` says whether there is any hole.
@@ -188,22 +189,28 @@ class _Runs:
 
 
 @lru_cache(maxsize=64)
-def _runs(tiling: Tiling, length: int, device: torch.device) -> _Runs:
+def runs_of(tiling: Tiling, length: int, device: torch.device) -> Runs:
     """Cut the grid units into runs of slots, at most a unit long; made once a device."""
     length = min(length, tiling.unit)
     slots = torch.from_numpy(tiling.slots.reshape(tiling.units, -1)[tiling.grid].reshape(-1)).to(device)
     hole = (slots < 0).view(-1, length, 1)
     tokens = (~hole).sum((1, 2)).float()
-    return _Runs(length, slots, slots.clamp(min=0).long(), hole, tokens, bool((tiling.tokens < tiling.unit).any()))
+    return Runs(length, slots, slots.clamp(min=0).long(), hole, tokens, bool((tiling.tokens < tiling.unit).any()))
 
 
-def _pieces(runs: _Runs, x: torch.Tensor) -> torch.Tensor:
+def pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut the grid units into runs of slots, float32 [B, H, runs, length, D] (0 in holes), and count their tokens."""
+    runs = runs_of(tiling, length, x.device)
+    return _laid(runs, x).float(), runs.tokens
+
+
+def _laid(runs: Runs, x: torch.Tensor) -> torch.Tensor:
     """Lay [B, S, H, D] into runs of slots, [B, H, runs, length, D] as operands of a product, 0 in holes."""
     picked = rows.operand(x[:, runs.at].transpose(1, 2).unflatten(2, (-1, runs.length)))
     return picked.masked_fill(runs.hole, 0) if runs.holes else picked
 
 
-def _filled(pieces: torch.Tensor, runs: _Runs) -> torch.Tensor:
+def _filled(pieces: torch.Tensor, runs: Runs) -> torch.Tensor:
     """Put each run's mean in its holes."""
     if not runs.holes:
         return pieces
@@ -250,7 +257,7 @@ def mass(scene: Scene) -> torch.Tensor:
     AdaSpa, Xia et al. 2025, arXiv 2502.21079, which finds it in two passes with a cached log-sum-exp.
     """
     tiling, device = scene.tiling, scene.q.device
-    asking = _runs(tiling, tiling.unit, device).slots
+    asking = runs_of(tiling, tiling.unit, device).slots
     got = block_mass(scene.q, scene.k, asking, tiling.on(device).slots, tiling.unit, scene.scale, scene.bias)
     return scene.cut.k.on_grid(got, 3)
 
@@ -266,5 +273,21 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
     weight = (scene.q.float() * scene.k.float()).abs().mean(1)  # [B, H, D]
     best = weight.topk(kept, dim=-1).indices[:, None]
     q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
-    slots = _runs(tiling, tiling.unit, device).slots
+    slots = runs_of(tiling, tiling.unit, device).slots
     return block_max(q, k, slots, slots, tiling.unit, kept**-0.5).softmax(-1)
+
+
+def products(
+    scene: Scene, q: torch.Tensor, k: torch.Tensor, scale: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the logits of a few query units to all keys, float32 [B, H, units, unit, keys], and which slots are real.
+
+    `q`, `k` [B, S, H, C]. Memory stays below `BYTES` a part, so no map over token pairs is ever held.
+    """
+    uploaded, tiling = scene.tiling.on(q.device), scene.tiling
+    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
+    b, s, h, _ = k.shape
+    keys = rows.operand(k.permute(0, 2, 3, 1))
+    for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
+        queries = rows.operand(q[:, part.clamp(min=0).long().flatten()].transpose(1, 2))
+        yield (rows.product(queries, keys) * scale).unflatten(2, part.shape), (part >= 0).float()

@@ -58,6 +58,36 @@ def block_mass(
     return mass(q, k, q_slots, k_slots, unit, scale, key_bias)
 
 
+def block_mass_and_lse(
+    q: Tensor,
+    k: Tensor,
+    q_slots: Tensor,
+    k_slots: Tensor,
+    unit: int,
+    scale: float,
+    key_bias: Tensor | None = None,
+    lse: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of exp(logit - lse) as `block_mass` returns those of the softmax, and the log-sum-exps.
+
+    `lse` float32 [B, H, len(q_slots)]: those of an earlier call, which spare the first pass over the keys; None finds
+    them. They are returned as they are used; in a hole they mean nothing.
+    """
+    check_units(q, k, q_slots, k_slots, unit)
+    if key_bias is not None:
+        _check_bias(q, key_bias)
+    shape = (q.shape[0], q.shape[2], len(q_slots))
+    if lse is not None and (tuple(lse.shape) != shape or lse.dtype != torch.float32 or lse.device != q.device):
+        raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; expected float32 {list(shape)} on {q.device}")
+    if uses_triton(q, q_slots, k_slots, backend):
+        from .triton import mass_and_lse
+    else:
+        from .reference import mass_and_lse
+    return mass_and_lse(q, k, q_slots, k_slots, unit, scale, key_bias, lse)
+
+
 def uses_triton(q: Tensor, q_slots: Tensor, k_slots: Tensor, backend: Backend | None) -> bool:
     """Whether pairs of units are looked at in Triton; raises where a named back end cannot."""
     if backend not in (None, "triton", "reference"):

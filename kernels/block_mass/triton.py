@@ -43,18 +43,39 @@ def logits_of(
 
 
 @triton.jit
+def _lse(
+    q, k_ptr, slots_ptr, bias_ptr, slots, stride_s, stride_d, to_log2,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exp over all keys of a tile of queries, in log2 units [TILE_Q]; NaN without a key."""
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    for first in tl.range(0, slots, TILE_K, num_stages=STAGES):
+        logits = logits_of(
+            q, k_ptr, slots_ptr, bias_ptr, first, stride_s, stride_d, to_log2, D, D_PAD, TILE_K, PRECISION
+        )
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # a row that has seen no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        top = new_top
+    return top + tl.log2(total)
+
+
+@triton.jit
 def _mass_kernel(
-    q_ptr, k_ptr, q_slots_ptr, k_slots_ptr, bias_ptr, out_ptr,
+    q_ptr, k_ptr, q_slots_ptr, k_slots_ptr, bias_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_s, q_stride_h, q_stride_d, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
     bias_stride_b, bias_stride_h, heads, tiles, units, to_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, UNIT: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a tile of queries of one head gives to each key unit, added up over the queries.
 
         p_ij = exp2(s_ij - lse_i),  lse_i = log2 sum_j exp2(s_ij),  out_u = sum_i sum_(j in u) p_ij
 
-    with s = log2(e) (scale q·k + bias): the first pass finds lse, the second adds up.
+    with s = log2(e) (scale q·k + bias): the first pass finds lse, unless it is given, the second adds up.
     """
     tile, h = tl.program_id(0) % tiles, (tl.program_id(0) // tiles % heads).to(tl.int64)
     b = (tl.program_id(0) // tiles // heads).to(tl.int64)
@@ -69,18 +90,15 @@ def _mass_kernel(
     if bias_ptr is not None:
         bias_ptr += b * bias_stride_b + h * bias_stride_h
 
-    top = tl.full([TILE_Q], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_Q], tl.float32)
-    for first in tl.range(0, units * UNIT, TILE_K, num_stages=STAGES):
-        logits = logits_of(
-            q, k_ptr, k_slots_ptr, bias_ptr, first, k_stride_s, k_stride_d, to_log2, D, D_PAD, TILE_K, PRECISION
-        )
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        # a row that has seen no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
-        top = new_top
-    lse = top + tl.log2(total)  # NaN without a key
+    lse_ptr += (b * heads + h) * tiles * TILE_Q + tile * TILE_Q + tl.arange(0, TILE_Q)
+    if GIVEN:
+        lse = tl.load(lse_ptr) * LOG2_E
+    else:
+        lse = _lse(
+            q, k_ptr, k_slots_ptr, bias_ptr, units * UNIT, k_stride_s, k_stride_d, to_log2,
+            D, D_PAD, TILE_Q, TILE_K, STAGES, PRECISION,
+        )  # fmt: skip
+        tl.store(lse_ptr, lse / LOG2_E)
 
     out_ptr += ((b * heads + h) * tiles + tile) * units
     mass = tl.zeros([TILE_Q], tl.float32)
@@ -100,15 +118,30 @@ def mass(
     q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, scale: float, key_bias: Tensor | None
 ) -> Tensor:
     """Run the kernel on a checked, non-empty call; shapes as in `block_mass`."""
+    return mass_and_lse(q, k, q_slots, k_slots, unit, scale, key_bias, None)[0]
+
+
+def mass_and_lse(
+    q: Tensor,
+    k: Tensor,
+    q_slots: Tensor,
+    k_slots: Tensor,
+    unit: int,
+    scale: float,
+    key_bias: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on a checked, non-empty call; shapes as in `block_mass_and_lse`."""
     b, _, h, _ = q.shape
     tile_q, _ = tile_of(unit, q)
     q_units, k_units = len(q_slots) // unit, len(k_slots) // unit
     out = torch.empty(b, h, len(q_slots) // tile_q, k_units, dtype=torch.float32, device=q.device)
+    found = torch.empty(b, h, len(q_slots), dtype=torch.float32, device=q.device) if lse is None else lse.contiguous()
     with torch.cuda.device_of(q):
-        grid, args, constants = launch(q, k, q_slots, k_slots, unit, scale, key_bias, out)
+        grid, args, constants = launch(q, k, q_slots, k_slots, unit, scale, key_bias, out, found, lse is not None)
         _mass_kernel[grid](*args, **constants)
     tokens = (q_slots >= 0).view(q_units, unit).sum(-1).clamp(min=1)
-    return out.unflatten(2, (q_units, -1)).sum(3) / tokens[:, None]
+    return out.unflatten(2, (q_units, -1)).sum(3) / tokens[:, None], found
 
 
 def launch(
@@ -120,6 +153,8 @@ def launch(
     scale: float,
     key_bias: Tensor | None,
     out: Tensor,
+    lse: Tensor,
+    given: bool,
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
     b, _, h, dim = q.shape
@@ -132,7 +167,7 @@ def launch(
         else tuple(s if n > 1 else 0 for s, n in zip(bias.stride()[:2], bias.shape[:2], strict=True))
     )
     args = (
-        q, k, q_slots.contiguous(), k_slots.contiguous(), bias, out, *q.stride(), *k.stride(), *lead,
+        q, k, q_slots.contiguous(), k_slots.contiguous(), bias, out, lse, *q.stride(), *k.stride(), *lead,
         h, tiles, units, scale * LOG2_E.value,
     )  # fmt: skip
     constants = {
@@ -141,6 +176,7 @@ def launch(
         "UNIT": unit,
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
+        "GIVEN": given,
         "STAGES": 2,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": 4,

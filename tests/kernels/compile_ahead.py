@@ -112,8 +112,8 @@ def compile_means(capability: int, ragged: bool, two: bool = False) -> triton.co
 def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
     q, slots = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1024, dtype=torch.int32)
     tile = weighing.tile_of(128, q)[0]
-    out = torch.zeros(1, 16, 1024 // tile, 8)
-    _, args, constants = weighing.launch(q, q, slots, slots, 128, 0.1, torch.zeros(1, 1, 1024), out)
+    out, lse = torch.zeros(1, 16, 1024 // tile, 8), torch.zeros(1, 16, 1024)
+    _, args, constants = weighing.launch(q, q, slots, slots, 128, 0.1, torch.zeros(1, 1, 1024), out, lse, False)
     return compile_launch(weighing._mass_kernel, capability, args, constants)
 
 

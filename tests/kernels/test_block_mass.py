@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_gold import within_budget
 
-from dit_accel.kernels.block_mass import block_mass
+from dit_accel.kernels.block_mass import block_mass, block_mass_and_lse
 
 on_both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
@@ -74,6 +74,23 @@ def test_matches_the_definition(case, backend, device):
     assert out.dtype == torch.float32
     gold, eager = slowly(given, torch.float64), slowly(given, given["q"].dtype).float()
     within_budget("mass", out, gold, eager)
+
+
+@on_both
+def test_log_sum_exps_are_found_and_taken_over(backend, device):
+    given = moved(call(4, bias=(1, 1)), device)
+    out, lse = block_mass_and_lse(**given, backend=backend)
+    torch.testing.assert_close(out, block_mass(**given, backend=backend), rtol=1e-5, atol=1e-6)
+    seen = given["k_slots"][given["k_slots"] >= 0].long()
+    logits = torch.einsum("bqhd,bkhd->bhqk", given["q"].double(), given["k"][:, seen].double()) * given["scale"]
+    gold = (logits + given["key_bias"][..., seen].double()[:, :, None]).logsumexp(-1)
+    asks = given["q_slots"] >= 0
+    torch.testing.assert_close(lse[..., asks].double(), gold[..., given["q_slots"][asks].long()], rtol=1e-5, atol=1e-5)
+    later, same = block_mass_and_lse(**given, lse=lse + 1, backend=backend)  # sums over a larger whole
+    torch.testing.assert_close(later, out / math.e, rtol=1e-5, atol=1e-6)
+    assert torch.equal(same, lse + 1)
+    with pytest.raises(ValueError, match="lse is"):
+        block_mass_and_lse(**given, lse=lse[..., 1:], backend=backend)
 
 
 @on_both
