@@ -50,8 +50,9 @@ class KeyMaps:
 class Explained:
     """One call of the site at the step, in one guidance branch.
 
-    `reason` says why it ran dense, '' where it ran sparse; only then there are figures, [samples, heads] each, and
-    `maps` over block pairs. `keys` is None where the asked query lies outside the grid.
+    `reason` says why nothing was chosen: it ran dense, or by an operator that computes no pairs. Only where it is ''
+    there are figures, [samples, heads] each, and `maps` over block pairs. `keys` is None where the asked query lies
+    outside the grid.
     """
 
     branch: str
@@ -88,7 +89,7 @@ class Explained:
     @property
     def _seen(self) -> Measured:
         if self.maps is None:
-            raise NotSeenError(f"branch {self.branch} ran dense ({self.reason}), so nothing was chosen.")
+            raise NotSeenError(f"branch {self.branch}: nothing was chosen ({self.reason}).")
         return self.maps
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +134,12 @@ class Explanation:
     # -- while a run goes on --------------------------------------------------------------------------------------
     def _watch(self, call: AttentionCall, plan: Plan, out: torch.Tensor) -> None:
         full = plan.dense or plan.measures  # the ledger has said so already
-        if self._is_asked(call.site, call.step) and not full:
+        if not self._is_asked(call.site, call.step) or full:
+            return
+        if plan.operator:
+            reason = f"{plan.operator} is an operator, which computes no pairs"
+            self._calls.append(Explained(call.step.branch, call.layout, reason))
+        else:
             maps = measure(call, plan, out)
             keys = _keys(call, plan, maps, self._query)
             self._calls.append(Explained(call.step.branch, call.layout, maps=maps, keys=keys))
@@ -170,7 +176,7 @@ class Explanation:
         """
         sparse = [call for call in self.calls if call.maps is not None]
         if not sparse:
-            raise NotSeenError(f"explain: there is nothing to draw, every call ran dense ({self.calls[0].reason}).")
+            raise NotSeenError(f"explain: there is nothing to draw, no call chose pairs ({self.calls[0].reason}).")
         rows = [(f"{self.recipe}: {self.site.name} at step {self.step}", ()), (HEADINGS + KEYS, ()), (LEGEND, ())]
         return panels.page([*rows, *(row for call in sparse for row in self._rows(call, sample, heads))])
 
@@ -194,7 +200,7 @@ class Explanation:
         yield self._table()
         for call in self.calls:
             if call.reason:
-                yield f"branch {call.branch} ran dense: {call.reason}"
+                yield f"branch {call.branch}: nothing was chosen ({call.reason})"
 
     def _table(self) -> Table:
         from rich import box

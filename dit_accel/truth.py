@@ -154,19 +154,21 @@ def best_share(mass: torch.Tensor, pairs: torch.Tensor, budget: torch.Tensor) ->
 class Quality:
     """What one plan does to one call, over its samples, heads and queries.
 
-    `recall`, `best_recall`: means of `Measured`'s; `best_recall` is None where a plan computes parts of blocks, because
-    whole blocks are no bound for it. `error`: norm of (output - true output) over the norm of the true output.
+    `recall`, `best_recall`: means of `Measured`'s; None where an operator computes no pairs, `best_recall` also where a
+    plan computes parts of blocks, because whole blocks are no bound for it. `error`: norm of (output - true output)
+    over the norm of the true output.
     """
 
-    recall: float
+    recall: float | None
     best_recall: float | None
     error: float
 
 
 def quality(call: AttentionCall, plan: Plan, out: torch.Tensor) -> Quality:
     """Hold a plan and the output [B, S, H, D] it led to against the true attention of the call, in three figures."""
-    if plan.dense or plan.measures:
-        return Quality(1.0, 1.0, _full_error(call, out))
+    if plan.operator or plan.dense or plan.measures:
+        kept = None if plan.operator else 1.0
+        return Quality(kept, kept, _error(call, out))
     seen = measure(call, plan, out)
     best = float(seen.best_recall.mean()) if whole_blocks(plan) else None
     return Quality(float(seen.recall.mean()), best, float(relative(seen.wrong.sum(), seen.whole.sum())))
@@ -177,8 +179,7 @@ def whole_blocks(plan: Plan) -> bool:
     return len(plan.branches) == 1 and plan.branches[0].predicate is None
 
 
-def _full_error(call: AttentionCall, out: torch.Tensor) -> float:
-    """Return the error of a call of which every pair was computed."""
+def _error(call: AttentionCall, out: torch.Tensor) -> float:
     v, wrong, whole = call.v.float().transpose(1, 2), 0.0, 0.0
     for queries, part in weights(call):
         true = (part @ v).transpose(1, 2)

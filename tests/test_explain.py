@@ -140,12 +140,17 @@ def test_plain_data_holds_all_figures() -> None:
 def test_a_call_that_ran_dense_says_why(changes: dict[str, Any], reason: str) -> None:
     look, _, _ = explained(guided_pair(), small("draft", **changes), step=0)
     assert [(one.branch, one.reason) for one in look.calls] == [("cond", reason), ("uncond", reason)]
-    assert f"branch uncond ran dense: {reason}" in str(look)
+    assert f"branch uncond: nothing was chosen ({reason})" in str(look)
     assert look.to_dict()["calls"][0]["reason"] == reason
-    with pytest.raises(NotSeenError, match="every call ran dense"):
+    with pytest.raises(NotSeenError, match="there is nothing to draw"):
         look.draw()
     with pytest.raises(NotSeenError, match=reason):
         _ = look.calls[0].recall
+
+
+def test_an_operator_has_no_pairs_to_show() -> None:
+    look, _, _ = explained(guided_pair(), small("agent", keeps={"own": False}))
+    assert {one.reason for one in look.calls} == {"agent attention is an operator, which computes no pairs"}
 
 
 # -- when it watches ---

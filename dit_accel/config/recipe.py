@@ -18,6 +18,7 @@ from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
 MAPPED = (*AXES, "heads", "every", "decide_at", "decide_layers", "block_q", "block_k")  # what a case may replace
+FIXED = ("all", "none")  # rules that would miss any density
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
 
@@ -99,27 +100,16 @@ class Recipe(Config, frozen=True):
 
     @model_validator(mode="after")
     def _axes_fit(self) -> Recipe:
-        for case in self.cases:
-            for option in case.heads.options if case.heads else ():
-                _check_axes(option.order, option.score, option.select, case.keeps or self.keeps, option=True)
-            _check_axes(
-                case.order or self.order, case.score or self.score, case.select or self.select, case.keeps or self.keeps
-            )
-        if self.heads is None:
-            _check_axes(self.order, self.score, self.select, self.keeps)
+        for case in (self, *self.cases):  # a case alone in force; what several make together is checked when it is
+            chosen = {name: getattr(case, name) or getattr(self, name) for name in (*AXES, "heads")}
+            _check_choice(**chosen, search=self.search)
         if self.heads is not None and self.search is not None:
             raise ValueError("heads choose online, a search is done by calibration: name one of them")
-        patterns = self.heads or self.search
-        for option in patterns.options if patterns else ():
-            _check_axes(option.order, option.score, option.select, self.keeps, option=True)
-        if self.drift is not None and (patterns is not None or self.order.kind in ("importance", "kmeans")):
+        content = self.order.kind in ("importance", "kmeans")
+        if self.drift is not None and (self.heads or self.search or content):
             raise ValueError("drift decides again for single samples, so all heads must lie in one order of places")
         if self.drift is not None and (self.decide_at or self.decide_layers):
             raise ValueError("drift, decide_at and decide_layers each say when to decide: name one")
-        if self.correct is not None and self.correct.kind == "pooled-mass" and self.score.kind != "pooled":
-            raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
-        if patterns is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
-            raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
         return self
 
     @property
@@ -148,7 +138,8 @@ class Recipe(Config, frozen=True):
     def stateful(self) -> bool:
         """Whether anything is kept between calls."""
         residual = self.correct is not None and self.correct.kind == "residual"
-        return self.reuses or self.order.kind == "kmeans" or residual
+        cached = self.score.kind == "mass" and self.score.cached
+        return self.reuses or self.order.kind == "kmeans" or residual or cached
 
     def at(self, site: int, sites: int, share: float) -> Recipe:
         """Return the recipe as its cases make it at one site of `sites` and one share of the run."""
@@ -182,7 +173,9 @@ class Recipe(Config, frozen=True):
             if choice is not None:
                 out[name] = _choice_with_density(choice, density)
         out["cases"] = tuple(
-            c.model_dump() if c.select is None else {**c.model_dump(), "select": c.select.with_density(density)}
+            c.model_dump()
+            if c.select is None or c.select.kind in FIXED
+            else {**c.model_dump(), "select": c.select.with_density(density)}
             for c in self.cases
         )
         return out
@@ -226,10 +219,13 @@ def _choice_with_density(choice: HeadChoice, density: Any) -> dict[str, Any]:
     data = choice.model_dump()
     if choice.budget is not None:
         return {**data, "budget": density}
-    # options of fixed size, such as everything and nothing, would miss the density
-    options = [o for o in choice.options if o.select.asked]
-    asked = tuple({**o.model_dump(), "select": o.select.with_density(density)} for o in options)
-    return {**data, "options": asked, "limit": None} if options else data
+    asked = []
+    for option in choice.options:
+        if option.select.kind not in FIXED:
+            asked.append({**option.model_dump(), "select": option.select.with_density(density)})
+        elif choice.trust is not None:  # where heads are trusted or not, both options are needed
+            asked.append(option.model_dump())
+    return {**data, "options": tuple(asked), "limit": None} if asked else data
 
 
 @lru_cache(maxsize=4096)
@@ -241,11 +237,37 @@ def _at(recipe: Recipe, site: int, sites: int, share: float) -> Recipe:
     return recipe.override(**changes, cases=(), total=None)
 
 
+def _check_choice(
+    order: Order,
+    score: Score,
+    select: Select,
+    keeps: Keeps,
+    correct: Correct | None,
+    heads: HeadChoice | None,
+    search: HeadChoice | None,
+) -> None:
+    if heads is None:
+        _check_axes(order, score, select, keeps)
+    patterns = heads or search
+    for option in patterns.options if patterns else ():
+        _check_axes(option.order, option.score, option.select, keeps, option=True)
+    if correct is None:
+        return
+    if correct.kind == "pooled-mass" and score.kind != "pooled":
+        raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
+    if patterns is not None and correct.kind not in ("delta", "residual"):
+        raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
+    if select.kind == "agents":
+        raise ValueError("select 'agents' computes no pairs that a correction could complete")
+
+
 def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option: bool = False) -> None:
     if select.kind == "within" and score.kind != "geometry":
         raise ValueError("select 'within' measures distance, so it needs score 'geometry'")
-    if select.kind in ("top-p", "cumulative", "error") and score.kind == "geometry":
+    if select.kind in ("top-p", "cumulative", "error") and score.kind in ("geometry", "low-bit"):
         raise ValueError(f"select {select.kind!r} adds up shares of a score, so it needs score 'pooled'")
+    if select.kind == "threshold" and score.kind != "low-bit":
+        raise ValueError("select 'threshold' holds a share of attention against a limit, so it needs score 'low-bit'")
     content = order.kind in ("importance", "kmeans")
     if select.kind == "lines" and (order.kind != "tile" or score.kind != "sampled"):
         raise ValueError("select 'lines' follows displacements of tiles, so it needs order 'tile' and score 'sampled'")
@@ -253,10 +275,16 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
         raise ValueError("score 'sampled' ranks keys alone, so the order cannot be 'kmeans'")
     if content and (select.geometric or score.kind == "geometry"):
         raise ValueError(f"order {order.kind!r} follows the content, so select and score must too")
+    if order.kind == "importance" and score.kind not in ("pooled", "sampled"):
+        raise ValueError("order 'importance' sorts keys head by head, so it needs score 'pooled' or 'sampled'")
     if order.kind == "kmeans" and score.kind not in ("pooled",):
         raise ValueError("order 'kmeans' gives clusters of any size, so it needs score 'pooled'")
     if option and order.kind in ("importance", "kmeans"):
         raise ValueError(f"an option of heads lies by place, so its order cannot be {order.kind!r}")
+    if option and score.kind == "mass" and score.cached:
+        raise ValueError("an option of heads keeps nothing between decisions, so its score cannot be cached")
+    if select.kind == "agents" and (option or order.kind != "raster" or keeps.own or keeps.by_place):
+        raise ValueError("select 'agents' chooses no pairs, so it needs order 'raster', keeps all off, and no heads")
     if content and keeps.by_place:
         raise ValueError(f"order {order.kind!r} moves keys between units, so keeps has only 'own'")
     exact = select.kind in EXACT and getattr(select, "per", "token") == "token"

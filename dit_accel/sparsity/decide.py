@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from ..config import (
+    AgentSelect,
     CumulativeSelect,
     ErrorSelect,
     GilbertOrder,
@@ -18,24 +20,30 @@ from ..config import (
     Keeps,
     KMeansOrder,
     LinesSelect,
+    LowBitScore,
+    MassScore,
     NeighborhoodSelect,
     PercentileSelect,
     RasterOrder,
     Recipe,
     SampledScore,
+    Score,
     Select,
     StaticOrder,
+    ThresholdSelect,
     TopKSelect,
     TopPSelect,
+    TreeScore,
     WithinSelect,
 )
 from ..errors import PlanError
 from ..layout import TokenLayout
-from . import content, error, frames, heads, lines, selectors, shapes
+from . import cached, content, error, frames, heads, lines, lowbit, selectors, shapes, tree
 from .adjacency import adjacent
+from .cached import Reference
 from .content import Centroids
 from .cut import Cut
-from .inputs import Inputs
+from .inputs import Inputs, Warm
 from .scores import Scene, grid_weights, score
 from .tiling import Tiling, tiling
 
@@ -50,7 +58,7 @@ class Decision:
     cut: Cut
     mask: torch.Tensor
     skip_heads: torch.Tensor | None = None
-    warm: Centroids | None = None
+    warm: Warm | None = None
 
 
 def tiling_for(recipe: Recipe, layout: TokenLayout) -> Tiling:
@@ -73,23 +81,28 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
     if recipe.heads is not None:
         choose = _as_given if recipe.heads.given else _by_loss
         return choose(recipe, recipe.heads, inputs)
-    tiles = tiling_for(recipe, inputs.layout)
-    cut, warm = _cut(recipe, tiles, inputs)
-    device = inputs.q.device
-    rows, cols = cut.q.grid, cut.k.grid
-    keep = torch.zeros(len(rows), len(cols), dtype=torch.bool, device=device)
-    if not isinstance(recipe.order, ImportanceOrder | KMeansOrder):
-        keep = keep_mask(tiles, recipe.keeps, device)[rows[:, None], cols]
+    tiles, device = tiling_for(recipe, inputs.layout), inputs.q.device
     if recipe.select.geometric:
-        share = None if recipe.select.asked is None else grid_share(inputs.layout, recipe.select.asked)
-        keep = keep & (recipe.select.kind != "none")
-        chosen = keep | _places_on(tiles, recipe.select, share, device)
+        return Decision(tiles.on(device).cut, _by_place(tiles, recipe.select, recipe.keeps, device))
+    cut, warm = _cut(recipe, tiles, inputs)
+    keep = _grid_keep(tiles, recipe.keeps, device)
+    if isinstance(recipe.order, ImportanceOrder | KMeansOrder):
+        keep = _nothing(device).expand(len(cut.q.grid), len(cut.k.grid))
+    scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
+    chosen, reference = _by_score(recipe, scene, inputs, keep)
+    return Decision(cut, with_text(chosen, cut), warm=warm or reference)
+
+
+def with_text(chosen: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Add the rows and columns of text, all of them computed, to a mask over grid units."""
+    if chosen.shape[-2:] == (cut.q.units, cut.k.units):
+        return chosen
+    mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=chosen.device)
+    if cut.q.span is not None and cut.k.span is not None:
+        mask[..., slice(*cut.q.span), slice(*cut.k.span)] = chosen
     else:
-        scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
-        chosen = _by_score(recipe, scene, inputs, keep)
-    mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=device)
-    mask[..., rows[:, None], cols] = chosen
-    return Decision(cut, mask, warm=warm)
+        mask[..., cut.q.grid[:, None], cut.k.grid] = chosen
+    return mask
 
 
 def _by_loss(recipe: Recipe, choice: HeadChoice, inputs: Inputs) -> Decision:
@@ -128,25 +141,38 @@ def option(recipe: Recipe, index: int) -> Recipe:
     )
 
 
-def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Centroids | None]:
+def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Warm | None]:
     if isinstance(recipe.order, ImportanceOrder):
         return content.by_importance(tiles, recipe.order, inputs.q, inputs.k, inputs.scale, inputs.bias), None
     if isinstance(recipe.order, KMeansOrder):
-        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, inputs.warm)
+        warm = inputs.warm if isinstance(inputs.warm, Centroids) else None
+        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, warm)
     return tiles.on(inputs.q.device).cut, None
 
 
-def _by_score(recipe: Recipe, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> torch.Tensor:
-    """Run the recipe's score and its selection, bool over grid units."""
+def _by_score(
+    recipe: Recipe, scene: Scene, inputs: Inputs, keep: torch.Tensor
+) -> tuple[torch.Tensor, Reference | None]:
+    """Run the recipe's score and its selection, bool over grid units, and return what a later score may start from."""
     select = recipe.select
     share = None if select.asked is None else grid_share(inputs.layout, select.asked)
     if isinstance(select, LinesSelect) and isinstance(recipe.score, SampledScore):
-        return lines.select(scene, recipe.score.rows, keep, share or 0.0, select.columns)
-    worth = score(scene, recipe.score)
+        return lines.select(scene, recipe.score.rows, keep, share or 0.0, select), None
+    worth, reference = _worth(recipe.score, scene, inputs, keep)
     if isinstance(select, ErrorSelect):
         least = _least(select.least, inputs)
-        return error.select(scene, inputs.v, worth, keep, select.p, least, share)
-    return _select(select, inputs, scene.cut, worth, keep)
+        return error.select(scene, inputs.v, worth, keep, select.p, least, share), reference
+    return _select(select, inputs, scene.cut, worth, keep), reference
+
+
+def _worth(config: Score, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> tuple[torch.Tensor, Reference | None]:
+    if isinstance(config, MassScore) and config.cached:
+        return cached.score(scene, inputs.warm if isinstance(inputs.warm, Reference) else None)
+    if isinstance(config, TreeScore):
+        return tree.score(scene, config), None
+    if isinstance(config, LowBitScore):
+        return lowbit.score(scene, config, inputs.v, keep), None
+    return score(scene, config), None
 
 
 def _select(select: Select, inputs: Inputs, cut: Cut, worth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -155,6 +181,8 @@ def _select(select: Select, inputs: Inputs, cut: Cut, worth: torch.Tensor, keep:
         return selectors.within(worth, keep, select.radius)
     if isinstance(select, CumulativeSelect):
         return selectors.cumulative(worth, keep, select.p, select.rescale)
+    if isinstance(select, ThresholdSelect):
+        return selectors.threshold(worth, keep, math.log(select.above))
     if isinstance(select, TopPSelect) and select.density is None:
         return selectors.top_p(worth, keep, select.p, _least(select.least, inputs))
     assert select.asked is not None
@@ -206,7 +234,8 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
             f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
         )
     units = _key_units(recipe, layout)
-    step = 1.0 if recipe.select.kind == "lines" else 0.5  # half a unit, or a whole line of them
+    options = recipe.heads.options if recipe.heads else (recipe,)
+    step = 1.0 if any(o.select.kind == "lines" for o in options) else 0.5  # half a unit, or a whole line of them
     if step / units > 0.2 * asked:
         return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
     if recipe.heads is not None and recipe.heads.given and recipe.heads.budget is not None:
@@ -231,6 +260,8 @@ def _listed(sizes: list[float]) -> str:
 
 
 def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
+    if isinstance(recipe.select, AgentSelect):
+        return layout.length  # agents are counted one by one
     if isinstance(recipe.order, KMeansOrder):
         return content.clusters(layout, recipe.order)[1]
     tiles = tiling_for(recipe if recipe.heads is None else option(recipe, 0), layout)
@@ -265,9 +296,25 @@ def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
 
 
 @lru_cache(maxsize=64)
-def _places_on(tiles: Tiling, select: Select, share: float | None, device: torch.device) -> torch.Tensor:
-    """Return a rule of places on a device, bool [1, 1, units, units], uploaded once."""
-    return torch.from_numpy(shapes.unit_mask(tiles, select, share)).to(device)[None, None]
+def _by_place(tiles: Tiling, select: Select, keeps: Keeps, device: torch.device) -> torch.Tensor:
+    """Return what a rule of places computes, bool [1, 1, units, units], made once a device."""
+    share = None if select.asked is None else grid_share(tiles.layout, select.asked)
+    chosen = torch.from_numpy(shapes.unit_mask(tiles, select, share)).to(device)[None, None]
+    if select.kind != "none":
+        chosen = chosen | _grid_keep(tiles, keeps, device)
+    return with_text(chosen, tiles.on(device).cut)
+
+
+@lru_cache(maxsize=64)
+def _grid_keep(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tensor:
+    """Return the grid's part of `keep_mask`, bool [units on a grid, units on a grid], made once a device."""
+    grid = tiling.on(device).grid_units
+    return keep_mask(tiling, keeps, device)[grid[:, None], grid]
+
+
+@lru_cache(maxsize=16)
+def _nothing(device: torch.device) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.bool, device=device)
 
 
 @lru_cache(maxsize=64)

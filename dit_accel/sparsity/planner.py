@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
+from ..config import AgentSelect, DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
-from .content import Centroids
+from .agents import agent_plan
 from .correct import Missing, corrected, residual
 from .crossover import slower_reason
 from .cut import Cut
 from .decide import Decision, decide, floor_note, grid_share, tiling_for
 from .drift import Probe, look
 from .exact import exact_plan
-from .inputs import Inputs
+from .inputs import Inputs, Warm
 from .plan import PackedPlan, Plan, from_units
 from .profiled import Profiled
 from .state import state_bytes
@@ -37,7 +38,7 @@ class _Kept:
     shape: tuple[int, ...]
     device: torch.device
     plan: PackedPlan | None = None
-    warm: Centroids | None = None
+    warm: Warm | None = None
     missing: Missing | None = None
     probe: Probe | None = None
 
@@ -138,7 +139,7 @@ class Planner:
                 del self._fixed[next(iter(self._fixed))]  # the oldest
             self._fixed[key] = _fixed(recipe, call)
         fixed = self._fixed[key]
-        return self._corrected(recipe, call, fixed.plan, fixed.cut, fixed.mask)
+        return self._corrected(recipe, call, fixed.plan, fixed.cut, lambda: fixed.mask)
 
     # -- by content -------------------------------------------------------------------------------------------------
     def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
@@ -149,19 +150,24 @@ class Planner:
         if kept is not None and kept.probe is not None:
             kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
         if kept is not None and kept.plan is not None and self._still_good(recipe, kept, call):
-            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut, kept.plan.mask())
+            # what a correction makes of a kept cut is not kept with it, so that the state stays what was declared
+            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut.at_rest(), kept.plan.mask)
         inputs = _inputs(call, kept.warm if kept else None)
         decision = decide(recipe, inputs)
         note = floor_note(recipe, call.layout, call.q.shape[2])
         if recipe.stateful and call.step.index is not None:
             self._keep(recipe, key, call, decision, note)
         plan = replace(from_units(decision.mask, decision.cut, decision.skip_heads), note=note)
-        return self._corrected(recipe, call, plan, decision.cut, decision.mask)
+        return self._corrected(recipe, call, plan, decision.cut, lambda: decision.mask)
 
     # -- corrections ------------------------------------------------------------------------------------------------
-    def _corrected(self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: torch.Tensor) -> Plan:
+    def _corrected(
+        self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: Callable[[], torch.Tensor]
+    ) -> Plan:
+        if recipe.correct is None:
+            return plan
         if not isinstance(recipe.correct, ResidualCorrect):
-            return corrected(plan, recipe.correct, cut, mask, _inputs(call))
+            return corrected(plan, recipe.correct, cut, mask(), _inputs(call))
         key, now = (call.site.name, call.step.branch), call.step.index or 0
         kept = self._missing.get(key)
         if (
@@ -181,7 +187,8 @@ class Planner:
     def _fits(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         """Say whether what is kept belongs to calls like this one, and to what is asked of it here and now."""
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
-        return same and kept.recipe == recipe and (call.step.index is None or call.step.index >= kept.step)
+        asked = kept.recipe is recipe or kept.recipe == recipe  # comparing settings takes longer than all the rest
+        return same and asked and (call.step.index is None or call.step.index >= kept.step)
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step
@@ -244,7 +251,7 @@ def _decider(recipe: Recipe, site: Site) -> str:
     return f"{site.model}layer {max(before)}" if before else site.name
 
 
-def _inputs(call: AttentionCall, warm: Centroids | None = None) -> Inputs:
+def _inputs(call: AttentionCall, warm: Warm | None = None) -> Inputs:
     return Inputs(call.layout, call.q, call.k, call.v, call.scale, call.key_bias, warm)
 
 
@@ -252,9 +259,11 @@ def _fixed(recipe: Recipe, call: AttentionCall) -> _Fixed:
     """Make a plan from the layout alone."""
     tiling, device = tiling_for(recipe, call.layout), call.q.device
     cut, select, note = tiling.on(device).cut, recipe.select, floor_note(recipe, call.layout, call.q.shape[2])
-    if isinstance(select, DiskSelect) or (isinstance(select, NeighborhoodSelect) and select.per == "token"):
-        share = None if select.asked is None else grid_share(call.layout, select.asked)
-        plan, mask = exact_plan(tiling, select, share, device), torch.empty(0, device=device)
+    share, mask = None if select.asked is None else grid_share(call.layout, select.asked), torch.empty(0, device=device)
+    if isinstance(select, AgentSelect):
+        plan = agent_plan(tiling, select, share or 0.0, device)
+    elif isinstance(select, DiskSelect) or (isinstance(select, NeighborhoodSelect) and select.per == "token"):
+        plan = exact_plan(tiling, select, share, device)
     else:
         mask = decide(recipe, _inputs(call)).mask
         plan = from_units(mask, cut)

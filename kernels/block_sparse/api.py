@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
+
 from .op import traced
 from .problem import Predicate, Problem
 
@@ -30,6 +32,8 @@ def block_sparse_attention(
     key_bias: Tensor | None = None,
     predicate: Predicate | None = None,
     scale: float | None = None,
+    every_query: bool = False,
+    pack: bool = True,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention of each query block over its own list of key blocks.
@@ -55,6 +59,10 @@ def block_sparse_attention(
             -inf, which masks the key. Indexed by original token.
         predicate: which pairs of the partial blocks may attend.
         scale: factor of the logits, positive; None is D ** -0.5.
+        every_query: says that each query lies in a slot of `q_order` (not checked), so that nothing needs to be
+            filled in for those that lie in none.
+        pack: whether keys and values may be copied into slot order first, which gains where each is read more than a
+            few times.
         backend: None takes Triton on CUDA and "cpu" on a CPU where they can run, else the reference; a name is obeyed.
 
     Returns:
@@ -69,7 +77,8 @@ def block_sparse_attention(
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
-    lists = (q, k, v, index, count, block_q, block_k, full_count, q_order, k_order, key_bias, predicate, scale)
+    order = (full_count, q_order, k_order, key_bias, predicate, scale, every_query, pack)
+    lists = (q, k, v, index, count, block_q, block_k, *order)
     if torch.compiler.is_compiling():
         return traced(*lists, backend)
     problem = _checked(*lists)
@@ -123,7 +132,7 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     q = problem.q
-    wanted: Backend = backend or ("triton" if q.device.type == "cuda" else "cpu")
+    wanted: Backend = backend or ("triton" if wants_triton(q) else "cpu")
     reasons = unsupported_reasons(wanted, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
     if reasons and backend is not None:
         raise RuntimeError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")
@@ -153,6 +162,8 @@ def _checked(
     key_bias: Tensor | None,
     predicate: Predicate | None,
     scale: float | None,
+    every_query: bool = False,
+    pack: bool = True,
 ) -> Problem:
     _check_qkv(q, k, v)
     for name, block in (("block_q", block_q), ("block_k", block_k)):
@@ -183,7 +194,8 @@ def _checked(
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"scale is {scale}; expected a positive finite number")
-    return Problem(q, k, v, index, count, block_q, block_k, full_count, q_order, k_order, key_bias, predicate, factor)
+    order = (full_count, q_order, k_order, key_bias, predicate, factor, every_query, pack)
+    return Problem(q, k, v, index, count, block_q, block_k, *order)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -43,6 +43,8 @@ class Problem:
     key_bias: Tensor | None
     predicate: Predicate | None
     scale: float
+    every_query: bool = False
+    pack: bool = True
 
     @property
     def splits(self) -> bool:

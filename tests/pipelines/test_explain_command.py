@@ -56,7 +56,7 @@ def test_a_clip_is_looked_into_by_the_name_of_a_site(cli: Run, clip_model: Path,
     [
         (("--site", 7), "site must lie in 0..1, got 7"),
         (("--step", 3), "step: must lie in 0..2, got 3"),
-        (("--step", 0), "every call ran dense (first 1 of 3 steps stay dense)"),
+        (("--step", 0), "no call chose pairs (first 1 of 3 steps stay dense)"),
         (("--query", "0,1"), "query: expected FRAME,ROW,COLUMN"),
         (("--query", "0,99,1"), "query (0, 99, 1) lies outside the grid of 1x16x12 tokens"),
         (("--head", 2), "1 samples and 2 heads, counted from 0; sample 0, head 2 was asked for"),
