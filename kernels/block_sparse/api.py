@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .op import traced
-from .problem import Predicate, Problem
+from .problem import Precision, Predicate, Problem
 
 Backend = Literal["triton", "cpu", "reference"]
-__all__ = ["Backend", "Predicate", "block_sparse_attention", "unsupported_reasons"]
+__all__ = ["Backend", "Precision", "Predicate", "block_sparse_attention", "unsupported_reasons"]
 
 
 def block_sparse_attention(
@@ -30,6 +30,7 @@ def block_sparse_attention(
     key_bias: Tensor | None = None,
     predicate: Predicate | None = None,
     scale: float | None = None,
+    precision: Precision = "as given",
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention of each query block over its own list of key blocks.
@@ -55,6 +56,8 @@ def block_sparse_attention(
             -inf, which masks the key. Indexed by original token.
         predicate: which pairs of the partial blocks may attend.
         scale: factor of the logits, positive; None is D ** -0.5.
+        precision: "int8" rounds queries and keys to int8, the keys of a block on one grid (see `quantised.py`); on
+            CUDA for fp16 and bf16, elsewhere computed on the rounded numbers.
         backend: None takes Triton on CUDA and "cpu" on a CPU where they can run, else the reference; a name is obeyed.
 
     Returns:
@@ -69,30 +72,48 @@ def block_sparse_attention(
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
-    lists = (q, k, v, index, count, block_q, block_k, full_count, q_order, k_order, key_bias, predicate, scale)
+    order = (full_count, q_order, k_order, key_bias, predicate, scale, precision)
+    lists = (q, k, v, index, count, block_q, block_k, *order)
     if torch.compiler.is_compiling():
         return traced(*lists, backend)
     problem = _checked(*lists)
     chosen = _chosen_backend(problem, backend)
     if problem.is_empty:
         return _nothing_attended(q)
-    if chosen == "reference":
-        from .reference import attend
-    elif chosen == "cpu":
+    return _attended(problem, chosen)
+
+
+def _attended(problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
+    if backend == "triton" and problem.precision == "int8":
+        from .quantised_triton import attend
+    elif backend == "triton":
+        from .triton import attend
+    elif backend == "cpu":
         from .cpu import attend
     else:
-        from .triton import attend
+        from .reference import attend
+    if backend != "triton" and problem.precision == "int8":
+        from .quantised import on_rounded
+
+        return on_rounded(problem, attend)
     return attend(problem)
 
 
-def unsupported_reasons(backend: Backend, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def unsupported_reasons(
+    backend: Backend,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    precision: Precision = "as given",
+) -> list[str]:
     """Why a back end cannot take such tensors; an empty list when it can."""
     if backend == "reference":
         return _reference_reasons(dtype)
     if backend == "cpu":
         return _cpu_reasons(device, dtype)
     if backend == "triton":
-        return _triton_reasons(device, dtype, head_dim)
+        return _triton_reasons(device, dtype, head_dim, precision)
     raise ValueError(f"backend is {backend!r}; known are 'triton', 'cpu', 'reference' and None (automatic)")
 
 
@@ -108,13 +129,15 @@ def _cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> list[str]:
     try:
         from .triton import runs_on
     except ImportError as error:
         return [f"triton cannot be imported ({error})"]
     reasons = runs_on(device, dtype)
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if precision == "int8" and dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {dtype} is not fp16 or bf16, which precision 'int8' takes")
+    elif dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {dtype} is not fp16, bf16 or fp32")
     if not 16 <= head_dim <= 256:
         reasons.append(f"head dim {head_dim} is not within 16..256")
@@ -122,12 +145,25 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
-    q = problem.q
-    wanted: Backend = backend or ("triton" if q.device.type == "cuda" else "cpu")
-    reasons = unsupported_reasons(wanted, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
-    if reasons and backend is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")
-    return "reference" if reasons else wanted
+    q, precision = problem.q, problem.precision
+    tried: dict[Backend, list[str]] = {}
+    for name in (backend,) if backend is not None else automatic(q.device, precision):
+        reasons = unsupported_reasons(
+            name, device=q.device, dtype=q.dtype, head_dim=q.shape[3], precision=precision
+        )
+        if not reasons:
+            return name
+        tried[name] = reasons
+    what = f"precision {precision!r}" if backend is None else f"backend {backend!r}"
+    why = "; ".join(reason for reasons in tried.values() for reason in reasons)
+    raise RuntimeError(f"{what} cannot run q {_shown(q)} on {q.device}: {why}")
+
+
+def automatic(device: torch.device, precision: Precision = "as given") -> tuple[Backend, ...]:
+    """The back ends to try in turn where none is named; lower precision is for speed, so a GPU has its kernel or none."""
+    if device.type == "cpu":
+        return ("cpu", "reference")
+    return ("triton", "reference") if precision == "as given" else ("triton",)
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +189,11 @@ def _checked(
     key_bias: Tensor | None,
     predicate: Predicate | None,
     scale: float | None,
+    precision: Precision = "as given",
 ) -> Problem:
     _check_qkv(q, k, v)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; known are {str(get_args(Precision))[1:-1]}")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if not (16 <= block <= 128 and block % 16 == 0):
             raise ValueError(f"{name} is {block}; expected a multiple of 16 from 16 to 128")
@@ -183,7 +222,8 @@ def _checked(
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"scale is {scale}; expected a positive finite number")
-    return Problem(q, k, v, index, count, block_q, block_k, full_count, q_order, k_order, key_bias, predicate, factor)
+    order = (full_count, q_order, k_order, key_bias, predicate, factor, precision)
+    return Problem(q, k, v, index, count, block_q, block_k, *order)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

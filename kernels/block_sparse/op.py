@@ -16,7 +16,7 @@ from .problem import Predicate
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, int block_q, int block_k, Tensor? full_count, "
     "Tensor? q_order, Tensor? k_order, Tensor? key_bias, bool all_full, str kind, int[] radius, Tensor? q_coords, "
-    "Tensor? k_coords, float? scale, str? backend) -> (Tensor, Tensor)",
+    "Tensor? k_coords, float? scale, str precision, str? backend) -> (Tensor, Tensor)",
 )
 def block_sparse_op(
     q: Tensor,
@@ -36,6 +36,7 @@ def block_sparse_op(
     q_coords: Tensor | None,
     k_coords: Tensor | None,
     scale: float | None,
+    precision: Any,
     backend: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run `block_sparse_attention` from compiled code.
@@ -60,6 +61,7 @@ def block_sparse_op(
         key_bias=key_bias,
         predicate=predicate,
         scale=scale,
+        precision=precision,
         backend=backend,
     )
     return out.contiguous(), lse.contiguous()
@@ -85,6 +87,7 @@ def traced(
     key_bias: Tensor | None,
     predicate: Predicate | None,
     scale: float | None,
+    precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Call the operation with the arguments of `block_sparse_attention`, which it checks when it runs."""
@@ -93,4 +96,4 @@ def traced(
         shape = (predicate.kind, list(predicate.radius), predicate.q_coords, predicate.k_coords)
     all_full = full_count is count
     lists = (None if all_full else full_count, q_order, k_order, key_bias, all_full)
-    return block_sparse_op(q, k, v, index, count, block_q, block_k, *lists, *shape, scale, backend)
+    return block_sparse_op(q, k, v, index, count, block_q, block_k, *lists, *shape, scale, precision, backend)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+Precision = Literal["as given", "int8"]
+
 
 @dataclass(frozen=True)
 class Predicate:
@@ -43,6 +45,7 @@ class Problem:
     key_bias: Tensor | None
     predicate: Predicate | None
     scale: float
+    precision: Precision = "as given"
 
     @property
     def splits(self) -> bool:
