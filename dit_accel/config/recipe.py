@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ..errors import ConfigError, nearest
+from ..kernels.block_sparse import Precision
 from .base import Block, Config, Count, Share
 from .check import build
 from .correct import Correct
@@ -18,6 +19,7 @@ from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
 CHOICES = (*AXES, "heads", "search")
+MAPPED = (*AXES, "heads", "precision")  # what a case may replace
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
 
@@ -36,6 +38,7 @@ class Case(Config, frozen=True):
     keeps: Keeps | None = None
     correct: Correct | None = None
     heads: HeadChoice | None = None
+    precision: Precision | None = None
 
     def holds(self, site: int, sites: int, share: float) -> bool:
         """Say whether the case speaks for a site and a share of the run."""
@@ -47,9 +50,9 @@ class Case(Config, frozen=True):
         return site in range(sites)[start:stop:step]
 
     @property
-    def changes(self) -> dict[str, Config]:
+    def changes(self) -> dict[str, Any]:
         """The axes this case replaces."""
-        return {axis: value for axis in (*AXES, "heads") if (value := getattr(self, axis)) is not None}
+        return {axis: value for axis in MAPPED if (value := getattr(self, axis)) is not None}
 
 
 class Recipe(Config, frozen=True):
@@ -61,8 +64,9 @@ class Recipe(Config, frozen=True):
     again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
     the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
     first steps left dense. `dense_layers`: first layers left dense. `block_q`, `block_k`: largest kernel tile.
-    `cases`: other choices for some layers and steps, later ones win. `adaptive`: go dense where the measured table
-    says that sparse would be slower (presets). `sources`: the papers.
+    `precision`: the numbers in which queries meet keys, "int8" or as given. `cases`: other choices for some layers and
+    steps, later ones win. `adaptive`: go dense where the measured table says that sparse would be slower (presets).
+    `sources`: the papers.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -82,6 +86,7 @@ class Recipe(Config, frozen=True):
     dense_layers: Annotated[int, Field(ge=0)] = 0
     block_q: Block = 128
     block_k: Block = 64
+    precision: Precision = "as given"
     adaptive: bool = False
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
 

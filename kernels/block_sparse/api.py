@@ -148,9 +148,7 @@ def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     q, precision = problem.q, problem.precision
     tried: dict[Backend, list[str]] = {}
     for name in (backend,) if backend is not None else automatic(q.device, precision):
-        reasons = unsupported_reasons(
-            name, device=q.device, dtype=q.dtype, head_dim=q.shape[3], precision=precision
-        )
+        reasons = unsupported_reasons(name, device=q.device, dtype=q.dtype, head_dim=q.shape[3], precision=precision)
         if not reasons:
             return name
         tried[name] = reasons
@@ -160,7 +158,7 @@ def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
 
 
 def automatic(device: torch.device, precision: Precision = "as given") -> tuple[Backend, ...]:
-    """The back ends to try in turn where none is named; lower precision is for speed, so a GPU has its kernel or none."""
+    """The back ends to try in turn where none is named; lower precision is for speed, so only its kernel will do."""
     if device.type == "cpu":
         return ("cpu", "reference")
     return ("triton", "reference") if precision == "as given" else ("triton",)

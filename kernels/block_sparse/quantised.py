@@ -1,4 +1,4 @@
-"""Queries and keys rounded to int8: what that means, in plain torch, and how the back ends without int8 products run it.
+"""Queries and keys rounded to int8: what that means, in plain torch, and how back ends without int8 products run it.
 
 With m any vector, q·k = q·(k - m) + q·m, and the last term is the same for every key of a query: the softmax does not
 see it, only the log-sum-exp does. So keys lose (roughly) their mean, which is what makes their numbers large, and the
@@ -31,8 +31,8 @@ LEVELS = 127
 def on_rounded(problem: Problem, run: Callable[[Problem], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Run a back end on the rounded queries and keys, in fp32 (fp64 for fp64 inputs).
 
-    A query or key with a number that is not finite makes its row of `a`, or its block's `b`, NaN, and so what is computed with
-    it; a key that a bias of -inf masks, or in a hole, has no part in that.
+    A number that is not finite makes the step of its query, or of its key's block, NaN, and so what is computed with
+    it; a key that a bias of -inf masks has no part in that, nor has one in no block.
     """
     rounded, lost = rounded_problem(problem)
     out, lse = run(rounded)
