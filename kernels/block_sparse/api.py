@@ -11,7 +11,7 @@ from torch import Tensor
 from .op import traced
 from .problem import Precision, Predicate, Problem
 
-Backend = Literal["triton", "cpu", "reference"]
+Backend = Literal["triton", "cpu", "flex", "reference"]
 __all__ = ["Backend", "Precision", "Predicate", "block_sparse_attention", "unsupported_reasons"]
 
 
@@ -58,7 +58,8 @@ def block_sparse_attention(
         scale: factor of the logits, positive; None is D ** -0.5.
         precision: "int8" rounds queries and keys to int8, the keys of a block on one grid (see `quantised.py`); on
             CUDA for fp16 and bf16, elsewhere computed on the rounded numbers.
-        backend: None takes Triton on CUDA and "cpu" on a CPU where they can run, else the reference; a name is obeyed.
+        backend: None takes the first that can run: "cpu" on a CPU; Triton on CUDA; "flex", which is torch's
+            FlexAttention, on what Triton's kernels do not run on; else the reference. A name is obeyed.
 
     Returns:
         out [B, Sq, H, D] in q's dtype, contiguous, and lse [B, H, Sq] in float32: the natural logarithm of
@@ -90,6 +91,8 @@ def _attended(problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
         from .triton import attend
     elif backend == "cpu":
         from .cpu import attend
+    elif backend == "flex":
+        from .flex import attend
     else:
         from .reference import attend
     if backend != "triton" and problem.precision == "int8":
@@ -114,7 +117,11 @@ def unsupported_reasons(
         return _cpu_reasons(device, dtype)
     if backend == "triton":
         return _triton_reasons(device, dtype, head_dim, precision)
-    raise ValueError(f"backend is {backend!r}; known are 'triton', 'cpu', 'reference' and None (automatic)")
+    if backend == "flex":
+        from .flex import runs_on
+
+        return runs_on(device, dtype)
+    raise ValueError(f"backend is {backend!r}; known are {str(get_args(Backend))[1:-1]} and None (automatic)")
 
 
 def _reference_reasons(dtype: torch.dtype) -> list[str]:
@@ -161,7 +168,10 @@ def automatic(device: torch.device, precision: Precision = "as given") -> tuple[
     """The back ends to try in turn where none is named; lower precision is for speed, so only its kernel will do."""
     if device.type == "cpu":
         return ("cpu", "reference")
-    return ("triton", "reference") if precision == "as given" else ("triton",)
+    if precision != "as given":
+        return ("triton",)
+    ours = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("triton", "reference") if ours else ("triton", "flex", "reference")
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:

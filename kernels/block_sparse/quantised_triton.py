@@ -15,8 +15,19 @@ from torch import Tensor
 
 from .problem import Problem
 from .quantised import LEAST_STEP, LEVELS, key_mean, packed_heads
-from .tiles import Tile, power_of_two_part
-from .triton import LOG2_E, PREDICATES, _admitted, _descriptor, _dot, _fit_tma, _list_strides, _load_rows, _outputs
+from .tiles import Kind, Tile, power_of_two_part
+from .triton import (
+    LOG2_E,
+    PREDICATES,
+    _admitted,
+    _descriptor,
+    _dot,
+    _fit_tma,
+    _list_strides,
+    _load_rows,
+    _outputs,
+    kind_of,
+)
 
 SMALLEST = tl.constexpr(LEAST_STEP)
 TOP = tl.constexpr(float(LEVELS))
@@ -261,20 +272,22 @@ def attend(problem: Problem, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def choose(capability: tuple[int, int], padded_dim: int, block_q: int, block_k: int) -> Tile:
-    """The tile for one launch: that of the bf16 kernel where it was measured, since int8 keys only make it smaller."""
+def choose(capability: tuple[int, int], padded_dim: int, block_q: int, block_k: int, kind: Kind) -> Tile:
+    """The tile for one launch: as large as it compiles with few spills (see docs/portability.md), not yet timed."""
     q, k = power_of_two_part(block_q), power_of_two_part(block_k)
     if padded_dim == 256:
         return Tile(min(q, 64), min(k, 32), 4, 2)
     if capability in ((9, 0), (10, 0)):
-        return Tile(q, min(k, 64), 4, 3, tma=True)
-    return Tile(min(q, 128 if capability == (8, 0) else 64), min(k, 64), 4, 2)
+        return Tile(q, min(k, 64), 4 if kind == "plain" or q < 128 else 8, 3, tma=True)
+    if capability == (8, 0):
+        return Tile(q, min(k, 64), 4 if q < 128 else 8, 2)
+    return Tile(min(q, 64), min(k, 64), 4, 2)
 
 
 def _tile_for(problem: Problem) -> Tile:
     device = problem.q.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return choose(capability, padded(problem), problem.block_q, problem.block_k)
+    return choose(capability, padded(problem), problem.block_q, problem.block_k, kind_of(problem))
 
 
 def padded(problem: Problem) -> int:
