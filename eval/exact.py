@@ -17,12 +17,13 @@ CHUNK = 1 << 26  # attention weights held at once
 class Quality:
     """What one plan does to one call, means over its samples, heads and queries.
 
-    `recall`: share of the softmax mass on the computed pairs. `best_recall`: the most that any choice among the plan's
-    own blocks could keep with as many pairs per head, the last block counted in part; None where a plan has several
-    branches or a predicate. `error`: norm of (output - true output) / norm of the true output.
+    `recall`: share of the softmax mass on the computed pairs; None where an operator computes none. `best_recall`: the
+    most that any choice among the plan's own blocks could keep with as many pairs per head, the last block counted in
+    part; None where a plan has several branches, a predicate or an operator. `error`: norm of (output - true output) /
+    norm of the true output.
     """
 
-    recall: float
+    recall: float | None
     best_recall: float | None
     error: float
 
@@ -66,19 +67,20 @@ def quality(call: AttentionCall, plan: Plan, out: torch.Tensor) -> Quality:
     v = call.v.float().transpose(1, 2)
     kept, wrong, whole = 0.0, 0.0, 0.0
     for queries, part in weights(call):
-        mask = torch.stack([torch.stack([plan.rows(queries, i, j) for j in range(h)]) for i in range(b)])
-        kept += float((part * mask.to(part.device)).sum())
+        if not plan.operator:
+            mask = torch.stack([torch.stack([plan.rows(queries, i, j) for j in range(h)]) for i in range(b)])
+            kept += float((part * mask.to(part.device)).sum())
         true = (part @ v).transpose(1, 2)
         wrong += float((out[:, queries].float() - true).square().sum())
         whole += float(true.square().sum())
-    recall = kept / (b * h * s)
+    recall = None if plan.operator else kept / (b * h * s)
     return Quality(recall, _best_recall(call, plan), (wrong / whole) ** 0.5 if whole else 0.0)
 
 
 def _best_recall(call: AttentionCall, plan: Plan) -> float | None:
     if plan.dense:
         return 1.0
-    if len(plan.branches) > 1 or plan.branches[0].predicate is not None or plan.pairs is None:
+    if plan.operator or len(plan.branches) > 1 or plan.branches[0].predicate is not None or plan.pairs is None:
         return None
     branch = plan.branches[0]
     q_slots, k_slots = _slots(branch, branch.q_order, plan.queries), _slots(branch, branch.k_order, plan.keys, True)

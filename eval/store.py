@@ -59,12 +59,15 @@ class Figures(Line, frozen=True):
 
 
 class Sample(Line, frozen=True):
-    """One attention call that was looked at: recall, what the best choice of as many pairs would keep, output error."""
+    """One attention call that was looked at: recall, what the best choice of as many pairs would keep, output error.
+
+    The first two are None where they mean nothing, as of an operator.
+    """
 
     step: int
     site: str
     density: float
-    recall: float
+    recall: float | None
     best_recall: float | None
     error: float
 

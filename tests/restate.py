@@ -8,26 +8,58 @@ from collections.abc import Callable, Iterable
 import torch
 
 import dit_accel
+from dit_accel.call import AttentionCall, Site
 from dit_accel.config import Recipe
 from dit_accel.layout import Grid, TokenLayout
 from dit_accel.sparsity.plan import Plan
+from dit_accel.step import StepInfo
 
 Group = list[int]
+
+
+def block_of(layout: TokenLayout) -> int:
+    """Return the kernel tile that a layout is tested with: the odd video would have too many of the smallest."""
+    return 64 if layout.length > 1000 else 16
+
+
+def samples(layout: TokenLayout, heads: int = 2) -> list[tuple[int, int]]:
+    """List the samples and heads that `tensors` makes: the odd video has one sample."""
+    return [(b, h) for b in range(1 if layout.length > 1000 else 2) for h in range(heads)]
+
+
+def tensors(
+    layout: TokenLayout, seed: int = 0, heads: int = 2, structured: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return random q, k, v; structured ones vary slowly over the grid, as real ones do."""
+    g = torch.Generator().manual_seed(seed)
+    batch = samples(layout)[-1][0] + 1
+    q, k, v = (torch.randn(batch, layout.length, heads, 16, generator=g) for _ in range(3))
+    if structured:
+        waves = torch.randn(3, batch, heads, 16, 3, generator=g)
+        place = torch.tensor([cell(layout, t) or (0, 0, 0) for t in range(layout.length)]).float()
+        slow = torch.einsum("sc,xbhdc->xbshd", place / 4, waves).sin()
+        q, k, v = (1.5 * slow[i] + 0.4 * x for i, x in enumerate((q, k, v)))
+    return q, k, v
 
 
 def made(
     recipe: Recipe, layout: TokenLayout, seed: int = 0, heads: int = 2, structured: bool = False
 ) -> tuple[torch.Tensor, Plan, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a recipe on random tensors of batch 2; structured ones vary slowly over the grid, as real ones do."""
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(2, layout.length, heads, 16, generator=g) for _ in range(3))
-    if structured:
-        waves = torch.randn(3, 2, heads, 16, 3, generator=g)
-        place = torch.tensor([cell(layout, t) or (0, 0, 0) for t in range(layout.length)]).float()
-        slow = torch.einsum("sc,xbhdc->xbshd", place / 4, waves).sin()
-        q, k, v = (1.5 * slow[i] + 0.4 * x for i, x in enumerate((q, k, v)))
+    """Run a recipe on `tensors`; return its output and its checked plan with them."""
+    q, k, v = tensors(layout, seed, heads, structured)
     out, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, return_plan=True)
     return out, plan.check(), q, k, v
+
+
+def with_tiles(recipe: Recipe, picture: tuple[int, int, int], video: tuple[int, int, int]) -> Recipe:
+    """Return a recipe with tiles of this size, where it lies in tiles, for all its heads."""
+    small = {"kind": "tile", "picture": picture, "video": video}
+    if recipe.order.kind == "tile":
+        return recipe.override(order=small)
+    if recipe.heads is None or recipe.heads.options[0].order.kind != "tile":
+        return recipe
+    options = tuple({**option.model_dump(), "order": small} for option in recipe.heads.options)
+    return recipe.override(heads={**recipe.heads.model_dump(), "options": options})
 
 
 def cell(layout: TokenLayout, token: int) -> tuple[int, int, int] | None:
@@ -106,6 +138,34 @@ def fill(order: Iterable[int], costs: list[int], budget: float) -> set[int]:
 def weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Exact attention of [tokens, D] queries to [tokens, D] keys."""
     return (q.double() @ k.double().T / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+def called(
+    layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0, step: int = 0
+) -> AttentionCall:
+    """Return the call of one layer at one step of ten."""
+    site = Site(f"layer.{layer}", "layer", layer, torch.nn.Identity(), 20)
+    return AttentionCall(site, StepInfo(1, step, 10, "cond"), layout, q, k, v, 0.25, stock=lambda q, k, v: v)
+
+
+def coclusters(q: torch.Tensor, k: torch.Tensor, counts: tuple[int, int], rounds: int) -> list[torch.Tensor]:
+    """Cluster [tokens, D] queries and keys by the directions of their products with the other side's centroids."""
+    middle = [[x[(i * len(x) + len(x) // 2) // n] for i in range(n)] for x, n in zip((q, k), counts, strict=True)]
+    labels = [torch.empty(0), torch.empty(0)]
+    for _ in range(rounds):
+        for side, tokens in ((1, k), (0, q)):  # the keys first
+            other = torch.stack(middle[1 - side]).double()
+            profiles = [centroid.double() @ other.T for centroid in middle[side]]
+            likeness = torch.stack([_cosines(tokens.double() @ other.T, profile) for profile in profiles], -1)
+            labels[side] = likeness.argmax(-1)
+            for c in range(counts[side]):
+                if (labels[side] == c).any():
+                    middle[side][c] = tokens[labels[side] == c].mean(0)
+    return labels
+
+
+def _cosines(rows: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    return (rows @ one) / (rows.norm(dim=-1) * one.norm())
 
 
 def band(groups: list[list[int]], share: float) -> set[tuple[int, int]]:

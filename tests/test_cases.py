@@ -27,6 +27,8 @@ HEADS = {
 }
 SORTED = {"order": {"kind": "importance"}, "score": {"kind": "pooled"}, "select": {"kind": "top-k"}}
 TILED = {"order": {"kind": "tile"}, "select": {"kind": "all"}}
+CACHED = {"score": {"kind": "mass", "cached": True}, "select": {"kind": "top-k"}}
+POOLED = {"score": {"kind": "pooled"}, "select": {"kind": "top-k"}}
 RECIPE: Recipe = resolve("draft", density=0.3, picture=(1, 4, 4), block_q=16, block_k=16, dense_steps=0)
 
 
@@ -66,6 +68,9 @@ def test_the_example_file_means_what_it_says() -> None:
     assert recipe.at(3, 8, 0.0).order.kind == "hilbert"
     assert (recipe.at(3, 8, 0.5).density, recipe.at(3, 8, 0.6).density) == (0.25, 0.15)
     assert recipe.at(0, 8, 0.6).density == 0.15  # the later case wins
+    asked = resolve(MIXED, density=0.4)
+    assert [asked.at(site, 8, 0.5).density for site in (0, 3)] == [None, 0.4]
+    assert asked.at(0, 8, 0.5).select.kind == "all"  # as the file says, whatever density is asked
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,16 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
         ({"base": "adaspa", "drift": 0.1}, "name one"),
         ({"base": "svg1", "heads": {"options": [TILED, {"select": {"kind": "band"}}]}}, "in the same tiles"),
         ({"base": "svg1", "heads": {"options": [SORTED]}}, "lies by place"),
+        ({"base": "pbs", "score": {"kind": "mass"}}, "sorts keys head by head"),
+        ({"base": "draft", "select": {"kind": "threshold"}}, "needs score 'low-bit'"),
+        ({"base": "sale", "select": {"kind": "top-p"}}, "adds up shares"),
+        ({"base": "agent", "own": True}, "keeps all off"),
+        ({"base": "agent", "order": {"kind": "tile"}}, "order 'raster', keeps all off"),
+        ({"base": "agent", "correct": {"kind": "delta"}}, "no pairs that a correction"),
+        ({"base": "svg1", "heads": {"options": [{"select": {"kind": "agents"}}]}}, "and no heads"),
+        ({"base": "svg1", "heads": {"options": [CACHED]}}, "cannot be cached"),
+        ({"base": "svg1", "heads": {**HEADS, "trust": 0.1}}, "the first with score 'pooled'"),
+        ({"base": "flexprefill", "heads": {"options": [POOLED, POOLED], "trust": 0.1, "limit": 1.0}}, "left out"),
         ({"base": "svg1", "search": HEADS}, "name one of them"),
     ],
 )

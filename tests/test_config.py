@@ -17,7 +17,7 @@ from dit_accel.sparsity.recipes import resolve
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("grta", {}, "no recipe is called 'grta'. Did you mean 'grat'?"),
-    ("zzz", {}, "Known: adaspa, balanced"),
+    ("zzz", {}, "Known: adaspa, agent, balanced"),
     ("grat", {"densty": 0.2}, "unknown setting 'densty'. Did you mean 'density'?"),
     ("grat", {"density": 2}, "density: input should be less than or equal to 1, got 2"),
     ("grat", {"density": 0}, "density: input should be greater than 0, got 0"),

@@ -96,8 +96,14 @@ def test_decisions_do_not_wait_for_the_device() -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("how", ["regional", "whole"])
 @pytest.mark.parametrize("name", ["flux", "wan_two_experts"])
-def test_compiled_is_eager_within_rounding(name: str, how: str, mode: str | None) -> None:
-    """Inductor around our kernel: another plan at each step, nothing compiled or captured that should be asked anew."""
+def test_compiled_is_eager_within_rounding(
+    name: str, how: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor around our kernel: another plan at each step, nothing compiled or captured that should be asked anew.
+
+    Graphs are not partitioned: torch 2.11 fails an assertion of its own where they are (docs/compile.md).
+    """
+    monkeypatch.setattr("torch._inductor.config.graph_partition", False)
     pipe, call = tiny.FAMILIES[name]()
     pipe.to("cuda")
     with dit_accel.accelerate(pipe, test_hosts.SPARSE, dense_steps=0.25) as handle:

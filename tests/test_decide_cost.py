@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from restate import with_tiles
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import dit_accel
 from dit_accel.calibration.measure import coverage, patterns
 from dit_accel.call import AttentionCall, Site
+from dit_accel.kernels.block_sparse import cpu
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import rows, scores
 from dit_accel.sparsity.planner import Planner
@@ -47,6 +49,18 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype == torch.bool
 
 
+@pytest.fixture(autouse=True)
+def _kernels_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that a decision calls counts as one operation, whatever its stand-in on the CPU does."""
+    attend = cpu.attend
+
+    def unseen(problem: Any) -> Any:
+        with _disable_current_modes():
+            return attend(problem)
+
+    monkeypatch.setattr(cpu, "attend", unseen)
+
+
 def planned(name: str, heads: int, step: int, told: bool = False) -> Watch:
     """Watch one decision; `told`: each head has a pattern or floor of its own, as a calibration gives them."""
     recipe = resolve(name, block_q=16, block_k=16, dense_steps=0, dense_layers=0)
@@ -55,8 +69,7 @@ def planned(name: str, heads: int, step: int, told: bool = False) -> Watch:
         recipe = recipe.override(heads=recipe.heads.model_copy(update={"given": given}).model_dump())
     elif told:
         recipe = recipe.override(least=(0.1, 0.3) * (heads // 2))
-    if recipe.order.kind == "tile":
-        recipe = recipe.override(picture=(1, 4, 4), video=(2, 4, 4))
+    recipe = with_tiles(recipe, (1, 4, 4), (2, 4, 4))
     planner = Planner(recipe)
     site = Site("a", "a", 2, torch.nn.Identity(), 8)
     for at in range(step + 1):

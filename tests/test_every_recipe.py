@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from restate import with_tiles
 
 import dit_accel
 from dit_accel.config import Recipe
@@ -17,9 +18,8 @@ NAMES = [name for name, recipe in dit_accel.recipes().items() if not recipe.adap
 
 def small(name: str, **changes: Any) -> Recipe:
     """Return a recipe that has something to decide on some dozens of tokens and that decides from the first step."""
-    recipe = resolve(name, density=0.3, block_q=16, block_k=16, dense_steps=0, dense_layers=0)
-    if recipe.order.kind == "tile":
-        recipe = recipe.override(picture=(1, 4, 4), video=(1, 2, 3), cases=())
+    recipe = resolve(name, density=0.3, block_q=16, block_k=16, dense_steps=0, dense_layers=0, cases=())
+    recipe = with_tiles(recipe, (1, 4, 4), (1, 2, 3))
     if recipe.order.kind == "kmeans":
         recipe = recipe.override(queries=5, keys=14, first=3)
     return recipe.override(**changes)
@@ -127,7 +127,7 @@ def test_guidance_branches_share_nothing(name: str) -> None:
     differs = False
     for key, old in kept[0].items():
         new = kept[1][key]
-        pairs = [(old.warm.k, new.warm.k)] if old.warm else []
+        pairs = list(zip(vars(old.warm).values(), vars(new.warm).values(), strict=True)) if old.warm else []
         pairs += [(old.plan.bits, new.plan.bits)] if old.plan else []
         pairs += [(old.missing.rest, new.missing.rest)] if old.missing else []
         same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)

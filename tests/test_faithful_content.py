@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import odd_video
 import pytest
 import torch
-from restate import boxes, by_axes, cell, cut, expect_groups, fill, made, means, on_grid, top_p, weights
+from restate import (
+    block_of,
+    boxes,
+    by_axes,
+    cell,
+    coclusters,
+    cut,
+    expect_groups,
+    fill,
+    made,
+    means,
+    on_grid,
+    samples,
+    top_p,
+    weights,
+)
 
 import dit_accel
 from dit_accel.layout import TokenLayout
@@ -21,6 +38,11 @@ LAYOUTS = [
     TokenLayout(grid=(2, 8, 8)),
 ]
 SAMPLES = [(b, h) for b in range(2) for h in range(2)]
+ODD = odd_video.LAYOUT
+
+
+def blocks(layout: TokenLayout) -> dict[str, int]:
+    return {"block_q": block_of(layout), "block_k": block_of(layout)}
 
 
 def along(layout: TokenLayout, curve: str) -> list[int]:
@@ -95,19 +117,19 @@ def test_sparge(layout: TokenLayout, trust: float) -> None:
     assert (seen != {0}) == (trust > 0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("segment", [0, 48, 60])
+@pytest.mark.parametrize(("layout", "segment"), [*itertools.product(LAYOUTS, [0, 48, 60]), (ODD, 500)], ids=str)
 def test_pbs(layout: TokenLayout, segment: int) -> None:
     """Keys sorted by the attention of sampled queries inside segments of a curve; pooled; top-p."""
-    _, plan, q, k, _ = made(resolve("pbs", p=0.6, segment=segment, rows=20, **SMALL), layout, structured=True)
+    _, plan, q, k, _ = made(resolve("pbs", p=0.6, segment=segment, rows=20, **blocks(layout)), layout, structured=True)
     line = along(layout, "gilbert")
-    queries = cut(line, 16)
+    block = block_of(layout)
+    queries = cut(line, block)
     sampled = rows.sample(layout, 20, torch.device("cpu")).tolist()
-    for b, h in SAMPLES:
+    for b, h in samples(layout):
         mass = weights(q[b, sampled, h], k[b, :, h]).mean(0)
         keys = []
         for part in cut(line, segment or len(line)):
-            keys += cut(sorted(part, key=lambda t: -float(mass[t])), 16)
+            keys += cut(sorted(part, key=lambda t: -float(mass[t])), block)
         score = (means(q[b, :, h], queries) @ means(k[b, :, h], keys).T / 4).softmax(-1)
         chosen = {(r, c) for r in range(len(queries)) for c in top_p(score[r], 0.6)}
         expect_groups(plan.to_mask()[b, h], queries, keys, chosen)
@@ -154,17 +176,17 @@ def test_dfs(layout: TokenLayout) -> None:
         expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(ODD, marks=pytest.mark.full)], ids=str)
 def test_adaspa(layout: TokenLayout) -> None:
     """Exact block sums of attention; top-k of each row; heads that keep over 0.8 get half, the worst as much more."""
-    recipe = resolve("adaspa", density=0.4, **SMALL)
+    recipe = resolve("adaspa", density=0.4, **blocks(layout))
     g = torch.Generator().manual_seed(7)
     q, k, v = (torch.randn(1, layout.length, 4, 16, generator=g) for _ in range(3))
-    sharp = torch.eye(16)[torch.arange(layout.length) // 16 % 16] + 0.1 * q[0, :, 1]
+    sharp = torch.eye(16)[torch.arange(layout.length) // block_of(layout) % 16] + 0.1 * q[0, :, 1]
     q[0, :, 0], k[0, :, 0] = 9 * sharp, 9 * sharp  # two heads that look at few blocks only
     q[0, :, 2], k[0, :, 2] = 7 * sharp, 7 * sharp
     _, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, return_plan=True)
-    groups = cut(along(layout, "raster"), 16)
+    groups = cut(along(layout, "raster"), block_of(layout))
     sizes = [len(x) for x in groups]
     share = grid_share(layout, 0.4)
     score = torch.zeros(4, len(groups), len(groups), dtype=torch.float64)
@@ -221,27 +243,34 @@ def clusters(x: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
     centroids = [x[(i * n + n // 2) // count] for i in range(count)]
     labels: list[int] = []
     for _ in range(iterations):
-        labels = [min(range(count), key=lambda c: float((token - centroids[c]).square().sum())) for token in x]
+        labels = [int((token - torch.stack(centroids)).square().sum(-1).argmin()) for token in x]
         for c in range(count):
             members = [i for i, label in enumerate(labels) if label == c]
             centroids[c] = x[members].mean(0) if members else centroids[c]
     return torch.tensor(labels)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(("p", "least"), [(0.5, 0.1), (0.8, 0.5)])
-def test_svg2(layout: TokenLayout, p: float, least: float) -> None:
-    """Clusters of queries and of keys; a softmax of centroids that counts keys; top-p of each query cluster."""
-    recipe = resolve("svg2", p=p, least=least, queries=4, keys=7, first=3, **SMALL)
+@pytest.mark.parametrize(
+    ("layout", "p", "least"),
+    [*((layout, *rest) for layout in LAYOUTS for rest in ((0.5, 0.1), (0.8, 0.5))), (ODD, 0.5, 0.1)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["svg2", "svoo"])
+def test_clusters(name: str, layout: TokenLayout, p: float, least: float) -> None:
+    """Clusters of queries and of keys, found apart or together; a softmax of centroids that counts keys; top-p."""
+    asked = (9, 24) if layout is ODD else (4, 7)
+    recipe = resolve(name, p=p, least=least, queries=asked[0], keys=asked[1], first=3, **blocks(layout))
     _, plan, q, k, _ = made(recipe, layout, structured=True)
     grid = torch.tensor(on_grid(layout))
-    sides = (min(4, max(len(grid) // 32, 1)), min(7, max(len(grid) // 16, 1)))
-    for b, h in SAMPLES:
-        groups = []
-        for x, count in zip((q, k), sides, strict=True):
-            labels = clusters(x[b, grid, h], count, 3)
-            groups.append([grid[labels == c].tolist() for c in range(count)])
-        queries, keys = groups
+    sides = (min(asked[0], max(len(grid) // 32, 1)), min(asked[1], max(len(grid) // 16, 1)))
+    for b, h in samples(layout):
+        if name == "svoo":
+            found = coclusters(q[b, grid, h], k[b, grid, h], sides, 3)
+        else:
+            found = [clusters(x[b, grid, h], count, 3) for x, count in zip((q, k), sides, strict=True)]
+        queries, keys = (
+            [grid[labels == c].tolist() for c in range(count)] for labels, count in zip(found, sides, strict=True)
+        )
         logits = means(q[b, :, h], queries) @ means(k[b, :, h], keys).T / 4
         score = (logits + torch.tensor([float(len(group)) for group in keys]).log()).softmax(-1)
         floor = int(least * len(keys))
@@ -268,29 +297,30 @@ def test_sampled_rows_cover_the_grid() -> None:
         assert min(counts) > len(tokens) / parts / 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(ODD, marks=pytest.mark.full)], ids=str)
 def test_zipvl(layout: TokenLayout) -> None:
     """Keys sorted by the sampled rows' attention; the fewest units that hold p of it serve all rows."""
-    _, plan, q, k, _ = made(resolve("zipvl", p=0.7, **SMALL), layout, structured=True)
+    _, plan, q, k, _ = made(resolve("zipvl", p=0.7, **blocks(layout)), layout, structured=True)
     sampled = rows.sample(layout, 64, torch.device("cpu")).tolist()
-    for b, h in SAMPLES:
+    for b, h in samples(layout):
         mass = weights(q[b, sampled, h], k[b, :, h]).mean(0)
-        keys = cut(sorted(along(layout, "gilbert"), key=lambda t: -float(mass[t])), 16)
+        keys = cut(sorted(along(layout, "gilbert"), key=lambda t: -float(mass[t])), block_of(layout))
         taken = top_p(torch.stack([mass[unit].sum() for unit in keys]), 0.7)
         assert taken == set(range(len(taken)))  # sorted: the first ones
-        queries = cut(along(layout, "gilbert"), 16)
+        queries = cut(along(layout, "gilbert"), block_of(layout))
         expect_groups(plan.to_mask()[b, h], queries, keys, {(r, c) for r in range(len(queries)) for c in taken})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize(("layout", "share"), [*itertools.product(LAYOUTS, [0.25, 0.5]), (ODD, 0.25)], ids=str)
 def test_double_sparsity(layout: TokenLayout, share: float) -> None:
     """Products on the channels of largest mean |q||k|; a unit pair is worth its largest; top-k of each row."""
-    _, plan, q, k, _ = made(resolve("double-sparsity", density=0.4, share=share, **SMALL), layout, structured=True)
-    groups = cut(along(layout, "gilbert"), 16)
+    _, plan, q, k, _ = made(
+        resolve("double-sparsity", density=0.4, share=share, **blocks(layout)), layout, structured=True
+    )
+    groups = cut(along(layout, "gilbert"), block_of(layout))
     sizes = [len(g) for g in groups]
     count = round(share * 16)
-    for b, h in SAMPLES:
+    for b, h in samples(layout):
         weight = (q[b, :, h].abs() * k[b, :, h].abs()).mean(0)
         kept = sorted(range(16), key=lambda c: -float(weight[c]))[:count]
         products = q[b, :, h][:, kept] @ k[b, :, h][:, kept].T / math.sqrt(count)
@@ -320,13 +350,16 @@ def test_paro(layout: TokenLayout) -> None:
     assert len(taken) > 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("columns", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("layout", "columns"),
+    [*itertools.product(LAYOUTS, [0.0, 0.4]), pytest.param(ODD, 0.2, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_minference(layout: TokenLayout, columns: float) -> None:
     """Key tiles and displacements that sampled rows attend to most; columns first, then whole displacements."""
-    recipe = resolve("minference", density=0.4, columns=columns, picture=(1, 4, 4), video=(2, 3, 3), **SMALL)
+    tile = (4, 4, 4) if layout is ODD else (1, 4, 4) if layout.main.frames == 1 else (2, 3, 3)
+    recipe = resolve("minference", density=0.4, columns=columns, picture=tile, video=tile, **blocks(layout))
     _, plan, q, k, _ = made(recipe, layout, structured=True)
-    tile = (1, 4, 4) if layout.main.frames == 1 else (2, 3, 3)
     groups = boxes(layout, tile)
     corner = [cell(layout, group[0]) for group in groups]
     at = [tuple(c[i] // tile[i] for i in range(3)) for c in corner if c is not None]
@@ -337,7 +370,7 @@ def test_minference(layout: TokenLayout, columns: float) -> None:
     for (r, c), move in apart.items():
         pairs[move] = pairs.get(move, 0) + sizes[r] * sizes[c]
     moves = sorted(pairs)
-    for b, h in SAMPLES:
+    for b, h in samples(layout):
         column, total, times = torch.zeros(n), dict.fromkeys(moves, 0.0), dict.fromkeys(moves, 0)
         sampled = rows.sample(layout, 64, torch.device("cpu")).tolist()
         for token in sampled:

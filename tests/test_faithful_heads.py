@@ -5,10 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 
+import odd_video
 import pytest
 import tiny
 import torch
-from restate import band, boxes, cut, expect_groups, fill, made, means, on_grid, patterns, spelled, top_p, weights
+from restate import (
+    band,
+    block_of,
+    boxes,
+    cut,
+    expect_groups,
+    fill,
+    made,
+    means,
+    on_grid,
+    patterns,
+    spelled,
+    top_p,
+    weights,
+)
 
 import dit_accel
 from dit_accel.config import Option
@@ -158,15 +173,16 @@ def test_svg_ear_centroids(layout: TokenLayout) -> None:
                 torch.testing.assert_close(out[b, i, h].double(), gold, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, odd_video.LAYOUT], ids=str)
 def test_svg_ear_spends_its_budget_where_means_err_most(layout: TokenLayout) -> None:
     """Per query cluster: the tokens that top-p would take, given to clusters by error per token, largest first."""
-    recipe = resolve("svg-ear", p=0.6, least=0.2, queries=4, keys=7, first=3, **SMALL)
+    block = {"block_q": block_of(layout), "block_k": block_of(layout)}
+    recipe = resolve("svg-ear", p=0.6, least=0.2, queries=4, keys=7, first=3, **block)
     _, plan, q, k, v = made(recipe, layout, structured=True)
     grid = torch.tensor(on_grid(layout))
     sides = (min(4, max(len(grid) // 32, 1)), min(7, max(len(grid) // 16, 1)))
     moved = 0
-    for b in range(2):
+    for b in range(len(q)):
         for h in range(2):
             groups = []
             for x, count in zip((q, k), sides, strict=True):

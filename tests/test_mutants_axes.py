@@ -8,24 +8,32 @@ from typing import Any
 
 import pytest
 import test_cases
+import test_faithful_agents as agent_tests
 import test_faithful_content as content_tests
 import test_faithful_heads as head_tests
+import test_faithful_llm as llm_tests
 import test_faithful_places as place_tests
+import test_faithful_reuse as reuse_tests
 import torch
 
 from dit_accel.kernels import pooled
 from dit_accel.sparsity import (
+    agents,
+    cached,
     content,
     correct,
     cut,
     decide,
     exact,
     heads,
+    lines,
+    lowbit,
     planner,
     rows,
     scores,
     selectors,
     shapes,
+    tree,
 )
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -184,6 +192,92 @@ def undecided_heads_choose(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(heads, "_losses", lambda *args: [loss.nan_to_num(0) for loss in original(*args)])
 
 
+def clusters_found_apart(patch: pytest.MonkeyPatch) -> None:
+    from dit_accel.kernels.kmeans import kmeans
+
+    def apart(q: Any, k: Any, counts: Any, iterations: int, start: Any) -> Any:
+        return kmeans(q, counts[0], iterations), kmeans(k, counts[1], iterations)
+
+    patch.setattr(content, "cocluster", apart)
+
+
+def tree_reads_the_next_key(patch: pytest.MonkeyPatch) -> None:
+    original = tree._descended
+    patch.setattr(tree, "_descended", lambda queries, keys, *rest: original(queries, keys.roll(-1, 2), *rest))
+
+
+def nothing_is_rounded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lowbit, "rounded", lambda x, bits: x)
+
+
+def reference_over_everything(patch: pytest.MonkeyPatch) -> None:
+    original = lowbit._reference
+    patch.setattr(lowbit, "_reference", lambda scene, v, keep: original(scene, v, torch.ones_like(keep)))
+
+
+def threshold_not_in_logarithms(patch: pytest.MonkeyPatch) -> None:
+    original = selectors.threshold
+    patch.setattr(selectors, "threshold", lambda score, keep, above: original(score.exp(), keep, above))
+
+
+def doubtful_heads_are_trusted(patch: pytest.MonkeyPatch) -> None:
+    original = heads._trusted
+    patch.setattr(heads, "_trusted", lambda limit, apart: 1 - original(limit, apart))
+
+
+def slashes_not_divided_by_their_count(patch: pytest.MonkeyPatch) -> None:
+    original = lines.displacements
+
+    def alike(*args: Any) -> Any:
+        ids, pairs, queries = original(*args)
+        return ids, pairs, torch.ones_like(queries)
+
+    patch.setattr(lines, "displacements", alike)
+
+
+def log_sum_exps_never_kept(patch: pytest.MonkeyPatch) -> None:
+    original = cached.score
+    patch.setattr(cached, "score", lambda scene, before: original(scene, None))
+
+
+def log_sum_exps_outlive_the_run(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(planner.Planner, "_forget_run", lambda self: None)
+
+
+def every_layer_decides(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(planner, "_decider", lambda recipe, site: site.name)
+
+
+def budget_forgotten(patch: pytest.MonkeyPatch) -> None:
+    original = heads._price
+    patch.setattr(heads, "_price", lambda losses, computed, budget: original(losses, computed, 0.9))
+
+
+def agents_weigh_wrongly(patch: pytest.MonkeyPatch) -> None:
+    original = agents.Agents.run
+
+    def heavier(self: Any, given: Any) -> Any:
+        out, lse = original(self, given)
+        return out, lse + 1
+
+    patch.setattr(agents.Agents, "run", heavier)
+
+
+def agents_listen_to_the_next_cell(patch: pytest.MonkeyPatch) -> None:
+    original = agents._cells
+
+    def shifted(*args: Any) -> Any:
+        order, cell = original(*args)
+        return order, (cell + 1) % (cell.max() + 1) * (cell >= 0) - (cell < 0)
+
+    patch.setattr(agents, "_cells", shifted)
+
+
+def own_value_taken_off(patch: pytest.MonkeyPatch) -> None:
+    original = agents.Agents.run
+    patch.setattr(agents.Agents, "run", lambda self, given: original(replace(self, value=-self.value), given))
+
+
 PICTURE, VIDEO = place_tests.LAYOUTS[0], place_tests.LAYOUTS[1]
 GOLD = place_tests.NATTEN[0]
 MUTANTS: list[tuple[Mutation, Callable[[], None]]] = [
@@ -193,7 +287,7 @@ MUTANTS: list[tuple[Mutation, Callable[[], None]]] = [
     (disk_of_the_wrong_size, lambda: place_tests.test_clear(PICTURE, 2, 0)),
     (band_too_wide, lambda: place_tests.test_radial(place_tests.TokenLayout(grid=(6, 6, 8), text=5), 0.25)),
     (runs_of_queries_not_reversed, lambda: content_tests.test_xattention(VIDEO, 0.9, 8)),
-    (clusters_not_counted, lambda: content_tests.test_svg2(PICTURE, 0.5, 0.1)),
+    (clusters_not_counted, lambda: content_tests.test_clusters("svg2", PICTURE, 0.5, 0.1)),
     (floor_forgotten, lambda: content_tests.test_jenga(VIDEO, 0.3, 0.25)),
     (crossing_block_left_out, lambda: content_tests.test_jenga(VIDEO, 0.6, 0.5)),
     (untrusted_units_judged_anyway, lambda: content_tests.test_sparge(PICTURE, 0.7)),
@@ -207,8 +301,26 @@ MUTANTS: list[tuple[Mutation, Callable[[], None]]] = [
     (layers_decide_for_all_transformers, test_cases.test_two_transformers_share_no_decision),
     (centroids_shared_by_branches, test_cases.test_centroids_are_warm_within_a_run_only),
     (old_means_correct_the_new_call, test_cases.test_a_reused_selection_is_corrected_by_the_present_tensors),
-    (blocks_mix_units, lambda: content_tests.test_svg2(PICTURE, 0.5, 0.1)),
+    (blocks_mix_units, lambda: content_tests.test_clusters("svg2", PICTURE, 0.5, 0.1)),
     (cases_ignored, test_cases.test_cases_reach_the_calls),
+    (clusters_found_apart, lambda: content_tests.test_clusters("svoo", PICTURE, 0.5, 0.1)),
+    (tree_reads_the_next_key, lambda: llm_tests.test_hip(PICTURE, 4)),
+    (nothing_is_rounded, lambda: llm_tests.test_sale_of_a_density(PICTURE)),
+    (reference_over_everything, lambda: llm_tests.test_sale(PICTURE, 4, 0.2, False)),
+    (threshold_not_in_logarithms, lambda: llm_tests.test_sale(PICTURE, 4, 0.2, False)),
+    (doubtful_heads_are_trusted, lambda: llm_tests.test_flexprefill(PICTURE, 0.5)),
+    (slashes_not_divided_by_their_count, lambda: llm_tests.test_flexprefill(PICTURE, 0.5)),
+    (log_sum_exps_never_kept, lambda: reuse_tests.test_adaspa_reuses_the_log_sum_exps_of_its_first_search(PICTURE)),
+    (
+        log_sum_exps_outlive_the_run,
+        lambda: reuse_tests.test_adaspa_reuses_the_log_sum_exps_of_its_first_search(PICTURE),
+    ),
+    (every_layer_decides, lambda: reuse_tests.test_tidal(reuse_tests.LAYOUTS[2])),
+    (budget_forgotten, lambda: reuse_tests.test_moa(VIDEO, 0.5)),
+    (heads_swapped, lambda: reuse_tests.test_duo(VIDEO, 0.5)),
+    (agents_weigh_wrongly, lambda: agent_tests.test_agent(PICTURE, 0.125, 0.3, 0.075)),
+    (agents_listen_to_the_next_cell, lambda: agent_tests.test_agent(PICTURE, 0.125, 0.3, 0.075)),
+    (own_value_taken_off, lambda: agent_tests.test_agent(PICTURE, 0.125, 0.3, 0.075)),
     (undecided_heads_choose, lambda: head_tests.test_heads_that_cannot_tell_compute_everything(float("nan"))),
 ]
 

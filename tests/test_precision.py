@@ -57,6 +57,8 @@ def test_settings(tmp_path: Path) -> None:
     assert resolve("draft").precision == "as given"
     with pytest.raises(ConfigError, match="precision: input should be 'as given' or 'int8', got 'int4'"):
         resolve("draft", precision="int4")
+    with pytest.raises(ConfigError, match="select 'agents' goes through tokens that are computed as given"):
+        resolve("agent", precision="int8")
 
 
 @torch.no_grad()

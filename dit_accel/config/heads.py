@@ -27,7 +27,9 @@ class HeadChoice(Config, frozen=True):
     attention left out. `price`: added per computed share of pairs. `limit`: a head whose every option loses more
     is computed in full. `budget`: the price is instead the one at which the heads of a sample together compute that
     share of their pairs. `given`: the option of each head, by number, instead of any measuring; one more than the last
-    computes everything.
+    computes everything. `trust`: no loss is measured; heads whose pooled score lies nearer to exact attention than this
+    (square root of the Jensen-Shannon divergence, on units of `rows` queries in all) take the first of two options, the
+    others the second.
     """
 
     options: Annotated[tuple[Option, ...], Field(min_length=1, max_length=32, strict=False)]
@@ -37,6 +39,7 @@ class HeadChoice(Config, frozen=True):
     limit: Annotated[float, Field(gt=0, strict=False)] | None = None
     budget: Density | None = None
     given: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    trust: Annotated[float, Field(gt=0, le=1, strict=False)] | None = None
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> HeadChoice:
@@ -45,6 +48,10 @@ class HeadChoice(Config, frozen=True):
         orders = {option.order for option in self.options}
         if len(orders) > 1 and any(order.kind == "tile" for order in orders):
             raise ValueError("options of heads that lie in tiles must all lie in the same tiles")
+        if self.trust is not None and (len(self.options) != 2 or self.options[0].score.kind != "pooled"):
+            raise ValueError("trust chooses between two options, the first with score 'pooled', which is what it tests")
+        if self.trust is not None and (self.budget is not None or self.limit is not None or self.price):
+            raise ValueError("trust chooses by no loss, so price, limit and budget must be left out")
         return self
 
     @property

@@ -64,7 +64,8 @@ class KMeansOrder(Config, frozen=True):
     """Queries and keys each in k-means clusters, one cluster a unit.
 
     `queries`, `keys`: clusters, fewer on small grids. `first`, `later`: iterations of the first decision of a run
-    and of those that start from the last centroids.
+    and of those that start from the last centroids. `joint`: co-clustering, which tells tokens apart by the direction
+    of their products with the other side's centroids.
     """
 
     kind: Literal["kmeans"] = "kmeans"
@@ -72,6 +73,7 @@ class KMeansOrder(Config, frozen=True):
     keys: Count = 1000
     first: Count = 50
     later: Count = 2
+    joint: bool = False
 
 
 StaticOrder = RasterOrder | AxesOrder | TileOrder | HilbertOrder | GilbertOrder

@@ -20,6 +20,7 @@ from .select import Keeps, Select, TopKSelect
 AXES = ("order", "score", "select", "keeps", "correct")
 CHOICES = (*AXES, "heads", "search")
 MAPPED = (*AXES, "heads", "precision")  # what a case may replace
+FIXED = ("all", "none")  # rules that would miss any density
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
 
@@ -113,6 +114,13 @@ class Recipe(Config, frozen=True):
             raise ValueError("correct 'pooled-mass' scales by the pooled score, so it needs score 'pooled'")
         if patterns is not None and self.correct is not None and self.correct.kind not in ("delta", "residual"):
             raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
+        selects = [self.select, *(case.select for case in self.cases if case.select is not None)]
+        corrects = [self.correct, *(case.correct for case in self.cases)]
+        if any(select.kind == "agents" for select in selects) and any(corrects):
+            raise ValueError("select 'agents' computes no pairs that a correction could complete")
+        lowered = {self.precision, *(case.precision for case in self.cases)} - {"as given", None}
+        if any(select.kind == "agents" for select in selects) and lowered:
+            raise ValueError("select 'agents' goes through tokens that are computed as given, so precision must be too")
         return self
 
     @property
@@ -141,7 +149,8 @@ class Recipe(Config, frozen=True):
     def stateful(self) -> bool:
         """Whether anything is kept between calls."""
         residual = self.correct is not None and self.correct.kind == "residual"
-        return self.reuses or self.order.kind == "kmeans" or residual
+        cached = self.score.kind == "mass" and self.score.cached
+        return self.reuses or self.order.kind == "kmeans" or residual or cached
 
     def at(self, site: int, sites: int, share: float) -> Recipe:
         """Return the recipe as its cases make it at one site of `sites` and one share of the run."""
@@ -175,7 +184,9 @@ class Recipe(Config, frozen=True):
             if choice is not None:
                 out[name] = _choice_with_density(choice, density)
         out["cases"] = tuple(
-            c.model_dump() if c.select is None else {**c.model_dump(), "select": c.select.with_density(density)}
+            c.model_dump()
+            if c.select is None or c.select.kind in FIXED
+            else {**c.model_dump(), "select": c.select.with_density(density)}
             for c in self.cases
         )
         return out
@@ -195,10 +206,13 @@ def _choice_with_density(choice: HeadChoice, density: Any) -> dict[str, Any]:
     data = choice.model_dump()
     if choice.budget is not None:
         return {**data, "budget": density}
-    # options of fixed size, such as everything and nothing, would miss the density
-    options = [o for o in choice.options if o.select.asked]
-    asked = tuple({**o.model_dump(), "select": o.select.with_density(density)} for o in options)
-    return {**data, "options": asked, "limit": None} if options else data
+    asked = []
+    for option in choice.options:
+        if option.select.kind not in FIXED:
+            asked.append({**option.model_dump(), "select": option.select.with_density(density)})
+        elif choice.trust is not None:  # where heads are trusted or not, both options are needed
+            asked.append(option.model_dump())
+    return {**data, "options": tuple(asked), "limit": None} if asked else data
 
 
 @lru_cache(maxsize=4096)
@@ -213,8 +227,10 @@ def _at(recipe: Recipe, site: int, sites: int, share: float) -> Recipe:
 def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option: bool = False) -> None:
     if select.kind == "within" and score.kind != "geometry":
         raise ValueError("select 'within' measures distance, so it needs score 'geometry'")
-    if select.kind in ("top-p", "cumulative", "error") and score.kind == "geometry":
+    if select.kind in ("top-p", "cumulative", "error") and score.kind in ("geometry", "low-bit"):
         raise ValueError(f"select {select.kind!r} adds up shares of a score, so it needs score 'pooled'")
+    if select.kind == "threshold" and score.kind != "low-bit":
+        raise ValueError("select 'threshold' holds a share of attention against a limit, so it needs score 'low-bit'")
     content = order.kind in ("importance", "kmeans")
     if select.kind == "lines" and (order.kind != "tile" or score.kind != "sampled"):
         raise ValueError("select 'lines' follows displacements of tiles, so it needs order 'tile' and score 'sampled'")
@@ -222,10 +238,16 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
         raise ValueError("score 'sampled' ranks keys alone, so the order cannot be 'kmeans'")
     if content and (select.geometric or score.kind == "geometry"):
         raise ValueError(f"order {order.kind!r} follows the content, so select and score must too")
+    if order.kind == "importance" and score.kind not in ("pooled", "sampled"):
+        raise ValueError("order 'importance' sorts keys head by head, so it needs score 'pooled' or 'sampled'")
     if order.kind == "kmeans" and score.kind not in ("pooled",):
         raise ValueError("order 'kmeans' gives clusters of any size, so it needs score 'pooled'")
     if option and order.kind in ("importance", "kmeans"):
         raise ValueError(f"an option of heads lies by place, so its order cannot be {order.kind!r}")
+    if option and score.kind == "mass" and score.cached:
+        raise ValueError("an option of heads keeps nothing between decisions, so its score cannot be cached")
+    if select.kind == "agents" and (option or order.kind != "raster" or keeps.own or keeps.by_place):
+        raise ValueError("select 'agents' chooses no pairs, so it needs order 'raster', keeps all off, and no heads")
     if content and keeps.by_place:
         raise ValueError(f"order {order.kind!r} moves keys between units, so keeps has only 'own'")
     exact = select.kind in EXACT and getattr(select, "per", "token") == "token"

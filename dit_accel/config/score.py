@@ -46,9 +46,13 @@ class AntidiagonalScore(Config, frozen=True):
 
 
 class MassScore(Config, frozen=True):
-    """The exact share of each query unit's attention that a key unit gets: full attention, so decide rarely."""
+    """The exact share of each query unit's attention that a key unit gets: full attention, so decide rarely.
+
+    `cached`: later decisions of a run divide by the first one's log-sum-exps, which spares them a pass over the keys.
+    """
 
     kind: Literal["mass"] = "mass"
+    cached: bool = False
 
 
 class SampledScore(Config, frozen=True):
@@ -68,7 +72,36 @@ class ChannelScore(Config, frozen=True):
     share: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.25
 
 
+class LowBitScore(Config, frozen=True):
+    """The logarithm of the largest attention that any key of a unit gets from any query of a unit, in few bits.
+
+    Queries and keys are rounded to `bits`; what they are divided by is exact, over the pairs that are kept anyway (text
+    and keeps), so that a weak choice of those keeps more. Every query meets every key: decide rarely.
+    """
+
+    kind: Literal["low-bit"] = "low-bit"
+    bits: Literal[4, 8] = 4
+
+
+class TreeScore(Config, frozen=True):
+    """The largest product met on a binary descent through a key unit: its halves are judged by their middle keys.
+
+    `queries`: so many neighbours ask as one, by their mean.
+    """
+
+    kind: Literal["tree"] = "tree"
+    queries: Literal[1, 2, 4, 8, 16] = 4
+
+
 Score = Annotated[
-    GeometryScore | PooledScore | SubtileScore | AntidiagonalScore | MassScore | SampledScore | ChannelScore,
+    GeometryScore
+    | PooledScore
+    | SubtileScore
+    | AntidiagonalScore
+    | MassScore
+    | SampledScore
+    | ChannelScore
+    | LowBitScore
+    | TreeScore,
     Field(discriminator="kind"),
 ]

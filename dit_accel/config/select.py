@@ -82,6 +82,20 @@ class CumulativeSelect(Rule, frozen=True):
         return {"kind": "percentile", "density": density}
 
 
+class ThresholdSelect(Rule, frozen=True):
+    """The pairs of units in which any query may give any key more than `above` of its attention (score 'low-bit').
+
+    With a density the best pairs of each row instead: what a share is held against differs from query to query.
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    above: Annotated[float, Field(gt=0, lt=1, strict=False)] = 0.008
+
+    def with_density(self, density: Any) -> dict[str, Any]:
+        """Return the rule of the best pairs of each row, as many as the density allows."""
+        return {"kind": "top-k", "density": density}
+
+
 class ErrorSelect(Rule, frozen=True):
     """As many key tokens of each row as top-p would take, those first whose means would err most per token.
 
@@ -97,12 +111,21 @@ class ErrorSelect(Rule, frozen=True):
 class LinesSelect(Rule, frozen=True):
     """The key tiles and the displacements on the grid that sampled rows attend to most, as many as `density` allows.
 
-    `columns`: the part of that which goes to key tiles that all queries see. Needs tiles and score 'sampled'.
+    `columns`: the part of that which goes to key tiles that all queries see. With a `p` instead, the fewest key tiles
+    and the fewest displacements that each hold that share of the rows' attention. Needs tiles and score 'sampled'.
     """
 
     kind: Literal["lines"] = "lines"
     columns: Share = 0.2
     density: Density = 0.1
+    p: Annotated[float, Field(gt=0, le=1, strict=False)] | None = None
+
+    @property
+    def asked(self) -> float | None:
+        return None if self.p else self.density
+
+    def with_density(self, density: Any) -> dict[str, Any]:
+        return {**self.model_dump(), "p": None, "density": density}
 
 
 Along = Literal["", "f", "h", "w", "fh", "fw", "hw"]
@@ -202,12 +225,28 @@ class NoneSelect(Rule, frozen=True):
     kind: Literal["none"] = "none"
 
 
+# Operators: no choice of pairs at all ---------------------------------------------------------------------------------
+class AgentSelect(Rule, frozen=True):
+    """Queries reach keys through agents, the mean queries of the cells of a coarse grid; text is exact.
+
+    As many agents as cost `density`: a pair is a query and an agent, or an agent and a key. The queries' softmax over
+    agents is scaled by scale ** `power`, and `value` of each query's own value is added. It has no mask of pairs.
+    """
+
+    geometric: ClassVar[bool] = True
+    kind: Literal["agents"] = "agents"
+    power: Annotated[float, Field(ge=0, le=2, strict=False)] = 0.3
+    value: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.075
+    density: Density = 0.125
+
+
 Select = Annotated[
     WithinSelect
     | TopKSelect
     | TopPSelect
     | PercentileSelect
     | CumulativeSelect
+    | ThresholdSelect
     | ErrorSelect
     | LinesSelect
     | NeighborhoodSelect
@@ -216,7 +255,8 @@ Select = Annotated[
     | BandSelect
     | ColumnSelect
     | AllSelect
-    | NoneSelect,
+    | NoneSelect
+    | AgentSelect,
     Field(discriminator="kind"),
 ]
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ..config import ImportanceOrder, KMeansOrder
+from ..kernels.cocluster import cocluster
 from ..kernels.kmeans import kmeans
 from ..layout import Grid, TokenLayout
 from . import rows
-from .cut import Cut, from_sorted
+from .cut import Cut, Side, from_sorted
 from .tiling import Tiling
 
 TOKENS_PER_QUERY_CLUSTER, TOKENS_PER_KEY_CLUSTER = 32, 16  # the least there are on average
@@ -44,7 +45,7 @@ def by_importance(
     must. Here the sampled queries are spread over the grid and the segment may be the whole grid; text is not sorted.
     """
     mass = rows.key_mass(q, k, rows.sample(tiling.layout, order.rows, q.device), scale, bias)
-    curve, units = _curve(tiling, q.device), order.segment or tiling.layout.length
+    curve, units = grid_tokens(tiling, q.device), order.segment or tiling.layout.length
     n = len(curve)
     segment = min(units, n)
     along = mass[..., curve]
@@ -72,7 +73,7 @@ def _segment_sizes(n: int, segment: int, unit: int, device: torch.device) -> tor
 
 
 @lru_cache(maxsize=64)
-def _curve(tiling: Tiling, device: torch.device) -> torch.Tensor:
+def grid_tokens(tiling: Tiling, device: torch.device) -> torch.Tensor:
     """Return the grid's tokens in the tiling's order, int64 [tokens]."""
     slots = tiling.slots.reshape(tiling.units, -1)[tiling.grid].reshape(-1)
     return torch.from_numpy(slots[slots >= 0].astype(np.int64)).to(device)
@@ -104,24 +105,32 @@ def by_clusters(
 
     Sparse VideoGen 2, Yang et al. 2025, arXiv 2505.18875. There the first centroids are random tokens and both guidance
     branches of a batch of one share them; here they are evenly spaced tokens and belong to one branch and batch row.
+    `joint` clusters them together, SVOO, arXiv 2603.18636.
     """
-    tokens = _curve(tiling, q.device)
+    tokens = grid_tokens(tiling, q.device)
     iterations = order.first if warm is None else order.later
-    sides = []
-    for x, count, block, start in zip(
-        (q, k),
-        clusters(tiling.layout, order),
-        (tiling.block_q, tiling.block_k),
-        (warm.q, warm.k) if warm else (None, None),
-        strict=True,
-    ):
-        labels, means, sizes = kmeans(x[:, tokens].transpose(1, 2), count, iterations, start)
-        laid = tokens[labels.argsort(dim=-1, stable=True)].int()
-        sides.append(from_sorted(laid, sizes, block, _text_slots(tiling.layout, block, q.device), means))
-    query, key = sides
-    assert query.means is not None
-    assert key.means is not None
-    return Cut(tiling.layout.length, query, key), Centroids(query.means, key.means)
+    counts, sides = clusters(tiling.layout, order), (q[:, tokens].transpose(1, 2), k[:, tokens].transpose(1, 2))
+    start = (warm.q, warm.k) if warm else None
+    if order.joint:
+        queries, keys = cocluster(*sides, counts, iterations, start)
+    else:
+        both = zip(sides, counts, start or (None, None), strict=True)
+        queries, keys = (kmeans(x, count, iterations, begin) for x, count, begin in both)
+    cut = Cut(
+        tiling.layout.length,
+        _cluster_side(tokens, queries, tiling.block_q, tiling.layout),
+        _cluster_side(tokens, keys, tiling.block_k, tiling.layout),
+    )
+    return cut, Centroids(queries[1], keys[1])
+
+
+def _cluster_side(
+    tokens: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], block: int, layout: TokenLayout
+) -> Side:
+    """Cut tokens into their clusters, given labels, means and sizes."""
+    labels, means, sizes = found
+    laid = tokens[labels.argsort(dim=-1, stable=True)].int()
+    return from_sorted(laid, sizes, block, _text_slots(layout, block, tokens.device), means)
 
 
 def clusters(layout: TokenLayout, order: KMeansOrder) -> tuple[int, int]:

@@ -42,6 +42,10 @@ class PooledBranch:
     allowed: torch.Tensor
     row: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.tokens, self.allowed, self.row))
+
     def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S]."""
         return pooled_attention(given.q, self.k, self.v, self.tokens, self.allowed, self.row, given.scale)

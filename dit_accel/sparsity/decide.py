@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from ..config import (
+    AgentSelect,
     CumulativeSelect,
     ErrorSelect,
     GilbertOrder,
@@ -18,24 +20,30 @@ from ..config import (
     Keeps,
     KMeansOrder,
     LinesSelect,
+    LowBitScore,
+    MassScore,
     NeighborhoodSelect,
     PercentileSelect,
     RasterOrder,
     Recipe,
     SampledScore,
+    Score,
     Select,
     StaticOrder,
+    ThresholdSelect,
     TopKSelect,
     TopPSelect,
+    TreeScore,
     WithinSelect,
 )
 from ..errors import PlanError
 from ..layout import TokenLayout
-from . import content, error, frames, heads, lines, selectors, shapes
+from . import cached, content, error, frames, heads, lines, lowbit, selectors, shapes, tree
 from .adjacency import adjacent
+from .cached import Reference
 from .content import Centroids
 from .cut import Cut
-from .inputs import Inputs
+from .inputs import Inputs, Warm
 from .scores import Scene, grid_weights, score
 from .tiling import Tiling, tiling
 
@@ -50,7 +58,7 @@ class Decision:
     cut: Cut
     mask: torch.Tensor
     skip_heads: torch.Tensor | None = None
-    warm: Centroids | None = None
+    warm: Warm | None = None
 
 
 def tiling_for(recipe: Recipe, layout: TokenLayout) -> Tiling:
@@ -86,7 +94,8 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
         chosen = keep | _places_on(tiles, recipe.select, share, device)
     else:
         scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
-        chosen = _by_score(recipe, scene, inputs, keep)
+        chosen, reference = _by_score(recipe, scene, inputs, keep)
+        warm = warm or reference
     mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=device)
     mask[..., rows[:, None], cols] = chosen
     return Decision(cut, mask, warm=warm)
@@ -128,25 +137,38 @@ def option(recipe: Recipe, index: int) -> Recipe:
     )
 
 
-def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Centroids | None]:
+def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Warm | None]:
     if isinstance(recipe.order, ImportanceOrder):
         return content.by_importance(tiles, recipe.order, inputs.q, inputs.k, inputs.scale, inputs.bias), None
     if isinstance(recipe.order, KMeansOrder):
-        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, inputs.warm)
+        warm = inputs.warm if isinstance(inputs.warm, Centroids) else None
+        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, warm)
     return tiles.on(inputs.q.device).cut, None
 
 
-def _by_score(recipe: Recipe, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> torch.Tensor:
-    """Run the recipe's score and its selection, bool over grid units."""
+def _by_score(
+    recipe: Recipe, scene: Scene, inputs: Inputs, keep: torch.Tensor
+) -> tuple[torch.Tensor, Reference | None]:
+    """Run the recipe's score and its selection, bool over grid units, and return what a later score may start from."""
     select = recipe.select
     share = None if select.asked is None else grid_share(inputs.layout, select.asked)
     if isinstance(select, LinesSelect) and isinstance(recipe.score, SampledScore):
-        return lines.select(scene, recipe.score.rows, keep, share or 0.0, select.columns)
-    worth = score(scene, recipe.score)
+        return lines.select(scene, recipe.score.rows, keep, share or 0.0, select), None
+    worth, reference = _worth(recipe.score, scene, inputs, keep)
     if isinstance(select, ErrorSelect):
         least = _least(select.least, inputs)
-        return error.select(scene, inputs.v, worth, keep, select.p, least, share)
-    return _select(select, inputs, scene.cut, worth, keep)
+        return error.select(scene, inputs.v, worth, keep, select.p, least, share), reference
+    return _select(select, inputs, scene.cut, worth, keep), reference
+
+
+def _worth(config: Score, scene: Scene, inputs: Inputs, keep: torch.Tensor) -> tuple[torch.Tensor, Reference | None]:
+    if isinstance(config, MassScore) and config.cached:
+        return cached.score(scene, inputs.warm if isinstance(inputs.warm, Reference) else None)
+    if isinstance(config, TreeScore):
+        return tree.score(scene, config), None
+    if isinstance(config, LowBitScore):
+        return lowbit.score(scene, config, inputs.v, keep), None
+    return score(scene, config), None
 
 
 def _select(select: Select, inputs: Inputs, cut: Cut, worth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -155,6 +177,8 @@ def _select(select: Select, inputs: Inputs, cut: Cut, worth: torch.Tensor, keep:
         return selectors.within(worth, keep, select.radius)
     if isinstance(select, CumulativeSelect):
         return selectors.cumulative(worth, keep, select.p, select.rescale)
+    if isinstance(select, ThresholdSelect):
+        return selectors.threshold(worth, keep, math.log(select.above))
     if isinstance(select, TopPSelect) and select.density is None:
         return selectors.top_p(worth, keep, select.p, _least(select.least, inputs))
     assert select.asked is not None
@@ -206,7 +230,8 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
             f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
         )
     units = _key_units(recipe, layout)
-    step = 1.0 if recipe.select.kind == "lines" else 0.5  # half a unit, or a whole line of them
+    options = recipe.heads.options if recipe.heads else (recipe,)
+    step = 1.0 if any(o.select.kind == "lines" for o in options) else 0.5  # half a unit, or a whole line of them
     if step / units > 0.2 * asked:
         return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
     if recipe.heads is not None and recipe.heads.given and recipe.heads.budget is not None:
@@ -231,6 +256,8 @@ def _listed(sizes: list[float]) -> str:
 
 
 def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
+    if isinstance(recipe.select, AgentSelect):
+        return layout.length  # agents are counted one by one
     if isinstance(recipe.order, KMeansOrder):
         return content.clusters(layout, recipe.order)[1]
     tiles = tiling_for(recipe if recipe.heads is None else option(recipe, 0), layout)

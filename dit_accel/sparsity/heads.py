@@ -10,6 +10,7 @@ from ..config import HeadChoice
 from . import rows
 from .cut import Cut, Side
 from .inputs import Inputs
+from .trust import divergence
 
 
 def choose(
@@ -21,7 +22,8 @@ def choose(
     call; Sparse-vDiT, Chen et al. 2025, among five patterns by error and cost, offline; MoA, Fu et al. 2024, and
     DuoAttention, Xiao et al. 2024, divide a budget among heads. All have one form here: the least loss + price x
     density, over rows spread over the grid, the price given or such that it spends the budget. A head of which every
-    option loses more than the limit, or whose losses are not finite, computes everything.
+    option loses more than the limit, or whose losses are not finite, computes everything. FlexPrefill, Lai et al. 2025,
+    looks at no loss: the first option where the pooled score it stands on can be trusted, else the second.
     """
     best = _best(config, options, inputs)
     everything = options[0][0]
@@ -61,6 +63,8 @@ def assembled(
 
 def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: Inputs) -> torch.Tensor:
     """Return the number of the option each head takes, int64 [B, H]; one more than the last is everything."""
+    if config.trust is not None:
+        return _trusted(config.trust, divergence(options[0][0], inputs, config.rows))
     losses, computed = measured(config, options, inputs)
     price = config.price if config.budget is None else _price(losses, computed, config.budget)
     best = (losses + price * computed).argmin(0)
@@ -68,6 +72,11 @@ def _best(config: HeadChoice, options: list[tuple[Cut, torch.Tensor]], inputs: I
     if config.limit is not None:
         unsure |= (losses > config.limit).all(0)
     return torch.where(unsure, len(options), best)
+
+
+def _trusted(limit: float, apart: torch.Tensor) -> torch.Tensor:
+    """Return 0 where the pooled score can be trusted, 1 where not, 2 (everything) where that cannot be told, [B, H]."""
+    return torch.where(torch.isfinite(apart), (apart >= limit).long(), 2)
 
 
 def measured(
@@ -130,6 +139,8 @@ def _grown(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
 
 
 def _merged(cuts: list[Cut], best: torch.Tensor) -> Cut:
+    if all(cut is cuts[0] for cut in cuts):
+        return cuts[0]  # all heads lie alike, whatever they take
     return Cut(cuts[0].length, _merge([cut.q for cut in cuts], best), _merge([cut.k for cut in cuts], best))
 
 

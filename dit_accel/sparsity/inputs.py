@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import TokenLayout
+from .cached import Reference
 from .content import Centroids
+
+Warm = Centroids | Reference  # what a decision may start from, of the same run, site, branch and samples
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """`q`, `k`, `v` [B, S, H, D] of one call, their scale, a bias on the keys, and the run's last centroids."""
+    """`q`, `k`, `v` [B, S, H, D] of one call, their scale, a bias on the keys, and what the last decision left."""
 
     layout: TokenLayout
     q: torch.Tensor
@@ -20,7 +23,7 @@ class Inputs:
     v: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
-    warm: Centroids | None = None
+    warm: Warm | None = None
 
     def of_heads(self, at: torch.Tensor) -> Inputs:
         """Return the inputs of some heads, int64 [heads]."""

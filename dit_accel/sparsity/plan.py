@@ -84,7 +84,10 @@ class Branch:
 
 
 class Pooled(Protocol):
-    """A further branch over pooled keys: it stands for pairs that are not computed."""
+    """A further branch over pooled keys or through agents: it stands for pairs that are not computed."""
+
+    @property
+    def nbytes(self) -> int: ...
 
     def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -103,6 +106,7 @@ class Plan:
     (batch, head) as a tensor, so that the density can be had without waiting for the device. `pooled` and `fixes` are
     what a correction adds; they compute no pairs. `measures` says why a call is computed in full all the same.
     `precision`: the numbers that the branches multiply queries and keys in.
+    `operator` names the mathematics that is no subset of softmax pairs: such a plan has one in `pooled`, and no mask.
     """
 
     queries: int
@@ -114,15 +118,16 @@ class Plan:
     fixes: tuple[Fix, ...] = ()
     measures: str = ""
     precision: Precision = "as given"
+    operator: str = ""
 
     @property
     def dense(self) -> bool:
-        return not self.branches
+        return not self.branches and not self.pooled
 
     @property
     def nbytes(self) -> int:
         """Bytes of the index lists, orders and biases."""
-        return sum(branch.nbytes for branch in self.branches)
+        return sum(branch.nbytes for branch in (*self.branches, *self.pooled))
 
     def density(self) -> torch.Tensor:
         """Return computed over possible pairs, a float32 scalar tensor."""
@@ -137,13 +142,21 @@ class Plan:
         return self.pairs.float() / (self.queries * self.keys)
 
     def to_mask(self) -> torch.Tensor:
-        """Return the exact mask of pairs, bool [B|1, H|1, queries, keys] (for tests and pictures: quadratic)."""
+        """Return the exact mask of pairs, bool [B|1, H|1, queries, keys] (for tests and pictures: quadratic).
+
+        Raises PlanError where an operator has none.
+        """
+        self._refuse_operator()
         if self.dense:
             return torch.ones(1, 1, self.queries, self.keys, dtype=torch.bool)
         mask = self._branch_mask(self.branches[0])
         for branch in self.branches[1:]:
             mask = mask | self._branch_mask(branch)
         return mask
+
+    def _refuse_operator(self) -> None:
+        if self.operator:
+            raise PlanError(f"plan: {self.operator} is an operator, which computes no pairs and has no mask of them.")
 
     def _branch_mask(self, branch: Branch) -> torch.Tensor:
         q_slots, k_slots = self._slots(branch)
@@ -181,6 +194,7 @@ class Plan:
 
         `queries` int64 token indices. What `to_mask` would say of them, without the memory of all pairs.
         """
+        self._refuse_operator()
         device = queries.device if self.dense else self.branches[0].index.device
         queries = queries.to(device)
         out = torch.full((len(queries), self.keys), self.dense, dtype=torch.bool, device=device)
@@ -200,7 +214,10 @@ class Plan:
         return out
 
     def check(self) -> Plan:
-        """Raise PlanError when an index is out of range, a row is empty or branches overlap; return the plan."""
+        """Raise PlanError when an index is out of range, a row is empty or branches overlap; return the plan.
+
+        What an operator computes beside its branches is not looked at.
+        """
         for branch in self.branches:
             _, k_slots = self._slots(branch)
             blocks = k_slots.shape[-1] // branch.block_k
@@ -209,7 +226,7 @@ class Plan:
                 raise PlanError(f"plan: a key-block index lies outside 0..{blocks - 1}.")
             if int(branch.block_mask(blocks).sum()) != int(used.expand_as(branch.index).sum()):
                 raise PlanError("plan: a key block is listed twice for one query block.")
-        if self.dense:
+        if self.dense or self.operator:
             return self
         masks = [self._branch_mask(branch) for branch in self.branches]
         total = torch.stack(torch.broadcast_tensors(*[m.to(torch.uint8) for m in masks])).sum(0)

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..call import AttentionCall, Site
-from ..config import DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
+from ..config import AgentSelect, DiskSelect, NeighborhoodSelect, Profile, Recipe, ResidualCorrect
 from ..errors import PlanError
 from ..layout import TokenLayout
 from ..step import StepInfo
-from .content import Centroids
+from .agents import agent_plan
 from .correct import Missing, corrected, residual
 from .crossover import slower_reason
 from .cut import Cut
 from .decide import Decision, decide, floor_note, grid_share, tiling_for
 from .drift import Probe, look
 from .exact import exact_plan
-from .inputs import Inputs
+from .inputs import Inputs, Warm
 from .plan import PackedPlan, Plan, from_units
 from .profiled import Profiled
 from .state import state_bytes
@@ -37,7 +37,7 @@ class _Kept:
     shape: tuple[int, ...]
     device: torch.device
     plan: PackedPlan | None = None
-    warm: Centroids | None = None
+    warm: Warm | None = None
     missing: Missing | None = None
     probe: Probe | None = None
 
@@ -240,7 +240,7 @@ def _decider(recipe: Recipe, site: Site) -> str:
     return f"{site.model}layer {max(before)}" if before else site.name
 
 
-def _inputs(call: AttentionCall, warm: Centroids | None = None) -> Inputs:
+def _inputs(call: AttentionCall, warm: Warm | None = None) -> Inputs:
     return Inputs(call.layout, call.q, call.k, call.v, call.scale, call.key_bias, warm)
 
 
@@ -248,9 +248,11 @@ def _fixed(recipe: Recipe, call: AttentionCall) -> _Fixed:
     """Make a plan from the layout alone."""
     tiling, device = tiling_for(recipe, call.layout), call.q.device
     cut, select, note = tiling.on(device).cut, recipe.select, floor_note(recipe, call.layout, call.q.shape[2])
-    if isinstance(select, DiskSelect) or (isinstance(select, NeighborhoodSelect) and select.per == "token"):
-        share = None if select.asked is None else grid_share(call.layout, select.asked)
-        plan, mask = exact_plan(tiling, select, share, device), torch.empty(0, device=device)
+    share, mask = None if select.asked is None else grid_share(call.layout, select.asked), torch.empty(0, device=device)
+    if isinstance(select, AgentSelect):
+        plan = agent_plan(tiling, select, share or 0.0, device)
+    elif isinstance(select, DiskSelect) or (isinstance(select, NeighborhoodSelect) and select.per == "token"):
+        plan = exact_plan(tiling, select, share, device)
     else:
         mask = decide(recipe, _inputs(call)).mask
         plan = from_units(mask, cut)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..layout import Grid, TokenLayout
+from .cut import Side
 
 BYTES = 256 << 20  # of logits held at once
 
@@ -45,6 +46,18 @@ def attention(
         if bias is not None:
             logits = logits + bias[:, :, None]
         yield run, logits.softmax(-1)
+
+
+def unit_mass(
+    side: Side, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the exact attention of `rows` to each unit of the grid, float32 [B, H, rows, units], text left out.
+
+    `side` says how the keys lie, alike for all batch rows and heads.
+    """
+    unit = side.unit_of_token(k.shape[1])[0, 0]
+    gather = torch.zeros(len(unit), side.units, device=unit.device).scatter_(1, unit[:, None], 1.0)[:, side.grid]
+    return torch.cat([weights @ gather for _, weights in attention(q, k, rows, scale, bias)], 2)
 
 
 def key_mass(

@@ -145,8 +145,8 @@ def subtiles(scene: Scene, config: SubtileScore) -> torch.Tensor:
     DFSAttn (ICML 2026) with 16 tokens along a Hilbert curve. There a ragged last piece is averaged with
     zeros; here a piece counts by its real tokens.
     """
-    q, q_tokens = _pieces(scene.tiling, scene.q, config.tokens)
-    k, k_tokens = _pieces(scene.tiling, scene.k, config.tokens)
+    q, q_tokens = pieces(scene.tiling, scene.q, config.tokens)
+    k, k_tokens = pieces(scene.tiling, scene.k, config.tokens)
     means_q = q.sum(-2) / q_tokens.clamp(min=1)[..., None]
     means_k = k.sum(-2) / k_tokens.clamp(min=1)[..., None]
     return _summed_softmax(means_q, means_k, q_tokens, k_tokens, scene.scale, len(scene.cut.q.grid))
@@ -159,13 +159,13 @@ def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
     `stride` tokens. Where a run is ragged, its mean stands for the missing tokens and it counts by its real ones.
     """
     stride = config.stride
-    q, q_tokens = _pieces(scene.tiling, scene.q, stride)
-    k, k_tokens = _pieces(scene.tiling, scene.k, stride)
+    q, q_tokens = pieces(scene.tiling, scene.q, stride)
+    k, k_tokens = pieces(scene.tiling, scene.k, stride)
     flat_q, flat_k = _filled(q, q_tokens).flip(-2).flatten(-2), _filled(k, k_tokens).flatten(-2)
     return _summed_softmax(flat_q, flat_k, q_tokens, k_tokens, scene.scale / stride, len(scene.cut.q.grid))
 
 
-def _pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut the grid units into runs of slots, float32 [B, H, runs, length, D] (0 in holes), and count their tokens."""
     uploaded = tiling.on(x.device)
     length = min(length, tiling.unit)
@@ -232,7 +232,7 @@ def mass(scene: Scene) -> torch.Tensor:
         share = logits.softmax(-1) @ gather
         return (share * real[..., None]).sum(3) / real.sum(-1)[:, None]
 
-    return torch.cat([part(*each) for each in _products(scene, scene.q, scene.k, scene.scale)], 2)
+    return torch.cat([part(*each) for each in products(scene, scene.q, scene.k, scene.scale)], 2)
 
 
 def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
@@ -253,10 +253,10 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
         logits = logits.masked_fill(real[..., None] == 0, float("-inf")).amax(3)
         return logits[..., slots.clamp(min=0)].masked_fill(hole, float("-inf")).amax(-1).softmax(-1)
 
-    return torch.cat([part(*each) for each in _products(scene, q, k, kept**-0.5)], 2)
+    return torch.cat([part(*each) for each in products(scene, q, k, kept**-0.5)], 2)
 
 
-def _products(
+def products(
     scene: Scene, q: torch.Tensor, k: torch.Tensor, scale: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the logits of a few query units to all keys, float32 [B, H, units, unit, keys], and which slots are real.

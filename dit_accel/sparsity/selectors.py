@@ -146,6 +146,15 @@ def _first(ordered: torch.Tensor, least: float | torch.Tensor) -> torch.Tensor:
     return (torch.arange(ordered.shape[-1], device=ordered.device) < count).expand_as(ordered)
 
 
+def threshold(score: torch.Tensor, keep: torch.Tensor, above: float) -> torch.Tensor:
+    """Take all pairs whose score exceeds `above`; a row that would stay empty gets its best pair.
+
+    SALE, arXiv 2505.24179, where no row is empty because each sees the sinks and its own surroundings.
+    """
+    taken = (score > above) | keep | ~torch.isfinite(score)
+    return taken | (_best(score) & ~taken.any(-1, keepdim=True))
+
+
 def cumulative(score: torch.Tensor, keep: torch.Tensor, p: float, rescale: bool) -> torch.Tensor:
     """Take in each head the best pairs over all rows until they hold `p` of the head's score, the crossing included.
 

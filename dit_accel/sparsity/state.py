@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import ImportanceOrder, KMeansOrder, Recipe, ResidualCorrect
+from ..config import ImportanceOrder, KMeansOrder, MassScore, Recipe, ResidualCorrect
 from ..layout import Grid, TokenLayout
 from .content import clusters
 from .decide import option, tiling_for
@@ -13,9 +13,13 @@ def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim
     """Return the most bytes that a recipe keeps per attention site and guidance branch between steps.
 
     A bit for each unit pair of each sample and head, and where heads lie apart their slots; for k-means the
-    centroids, float32, of `dim` channels; for residuals an output of `itemsize` and a float32 for each query.
+    centroids, float32, of `dim` channels; for cached log-sum-exps a float32 for each query, for residuals that and an
+    output of `itemsize`.
     """
     total = _of_decisions(recipe, layout, batch, heads, dim)
+    if isinstance(recipe.score, MassScore) and recipe.score.cached and recipe.heads is None:
+        tiling = tiling_for(recipe, layout)
+        total += batch * heads * 4 * tiling.unit * int(tiling.grid.sum())
     if isinstance(recipe.correct, ResidualCorrect):
         total += batch * heads * layout.length * (dim * itemsize + 4)
     if recipe.drift is not None:
@@ -29,8 +33,9 @@ def _of_decisions(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, d
     if recipe.heads is not None:
         sizes = [tiling_for(option(recipe, i), layout) for i in range(len(recipe.heads.options))]
         units = max(tiling.units for tiling in sizes)
-        slots = units * sizes[0].unit
-        lying = _lying(slots, slots // sizes[0].block_q) + _lying(slots, slots // sizes[0].block_k)
+        slots, lying = units * sizes[0].unit, 0
+        if any(tiling is not sizes[0] for tiling in sizes):  # else all heads lie alike
+            lying = _lying(slots, slots // sizes[0].block_q) + _lying(slots, slots // sizes[0].block_k)
         return batch * heads * (units * -(-units // 8) + lying) + batch * heads
     tiling = tiling_for(recipe, layout)
     if isinstance(recipe.order, KMeansOrder):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from ..config import (
+    AgentSelect,
     AllSelect,
     Along,
     AntidiagonalScore,
@@ -28,6 +29,7 @@ from ..config import (
     Keeps,
     KMeansOrder,
     LinesSelect,
+    LowBitScore,
     MassCorrect,
     MassScore,
     NeighborhoodSelect,
@@ -41,44 +43,20 @@ from ..config import (
     ResidualCorrect,
     SampledScore,
     SubtileScore,
+    ThresholdSelect,
     TileOrder,
     TopKSelect,
     TopPSelect,
+    TreeScore,
     WithinSelect,
 )
-
-GRAT = "GRAT: Grouping First, Attending Smartly, Ren et al. 2025, arXiv 2505.14687"
-DRAFT = "DraftAttention, Shen et al. 2025, arXiv 2505.14708"
-GNA = "Generalized Neighborhood Attention, Hassani et al. 2025, arXiv 2504.16922"
-CLEAR = "CLEAR, Liu et al. 2024, arXiv 2412.16112"
-STA = "Sliding Tile Attention, Zhang et al. 2025, arXiv 2502.04507"
-RADIAL = "Radial Attention, Li et al. 2025, arXiv 2506.19852"
-SVG = "Sparse VideoGen, Xi et al. 2025, arXiv 2502.01776"
-SVG2 = "Sparse VideoGen 2, Yang et al. 2025, arXiv 2505.18875"
-EAR = "SVG-EAR, arXiv 2603.08982"
-XATTENTION = "XAttention, Xu et al. 2025, arXiv 2503.16428"
-SPARGE = "SpargeAttention, Zhang et al. 2025, arXiv 2502.18137"
-PBS = "PBS-Attn, Wang et al. 2025, arXiv 2510.21270"
-JENGA = "Jenga, Zhang et al. 2025, arXiv 2505.16864"
-ADASPA = "AdaSpa, Xia et al. 2025, arXiv 2502.21079"
-VMOBA = "VMoBA, Wu et al. 2025, arXiv 2506.23858"
-DFS = "DFSAttn, ICML 2026"
-VDIT = "Sparse-vDiT, Chen et al. 2025, arXiv 2506.03065"
-RECTIFIED = "Rectified SpaAttn, Liu et al. 2025"
-DELTA = "Delta Attention, Willette et al. 2025, arXiv 2505.11254"
-MINFERENCE = "MInference, Jiang et al. 2024, arXiv 2407.02490"
-ZIPVL = "ZipVL, He et al. 2024, arXiv 2410.08584"
-CHANNELS = "Double Sparsity, Yang et al. 2024, arXiv 2408.07092"
-PARO = "PAROAttention, Zhao et al. 2025, arXiv 2506.16054"
-DUO = "DuoAttention, Xiao et al. 2024, arXiv 2410.10819"
-MOA = "MoA, Fu et al. 2024, arXiv 2406.14909"
-RETTENTION = "Re-ttention, Chen et al. 2025"
-TIDAL = "TidalDecode, Yang et al. 2024, arXiv 2410.05076"
+from . import papers
 
 GRAT_TILES = TileOrder(picture=(1, 16, 16), video=(4, 8, 8))
 DRAFT_TILES = TileOrder(picture=(1, 8, 16), video=(1, 8, 16))
 STA_TILES = TileOrder(picture=(1, 16, 16), video=(6, 8, 8))
 CUBES = TileOrder(picture=(1, 8, 8), video=(4, 4, 4))
+BLOCKS_OF_128 = TileOrder(picture=(1, 8, 16), video=(2, 8, 8))
 NOTHING = Keeps(own=False)
 
 
@@ -100,29 +78,35 @@ def _windows(*densities: float) -> Iterator[Option]:
 
 
 BY_PLACE = _by_name(
-    Recipe(name="grat-b", order=GRAT_TILES, score=GeometryScore(), select=WithinSelect(radius=1), sources=(GRAT,)),
+    Recipe(
+        name="grat-b", order=GRAT_TILES, score=GeometryScore(), select=WithinSelect(radius=1), sources=(papers.GRAT,)
+    ),
     Recipe(
         name="grat-x",
         order=GRAT_TILES,
         score=GeometryScore(shape="cross"),
         select=WithinSelect(radius=0),
-        sources=(GRAT,),
+        sources=(papers.GRAT,),
     ),
-    Recipe(name="gna", order=CUBES, select=NeighborhoodSelect(density=0.1), keeps=NOTHING, sources=(GNA,)),
-    Recipe(name="clear", order=CUBES, select=DiskSelect(radius=16), keeps=NOTHING, sources=(CLEAR,)),
+    Recipe(name="gna", order=CUBES, select=NeighborhoodSelect(density=0.1), keeps=NOTHING, sources=(papers.GNA,)),
+    Recipe(name="clear", order=CUBES, select=DiskSelect(radius=16), keeps=NOTHING, sources=(papers.CLEAR,)),
     Recipe(
         name="sta",
         order=STA_TILES,
         select=NeighborhoodSelect(kernel=(3, 3, 3), stride=(1, 1, 1), per="tile"),
         search=HeadChoice(options=tuple(_windows(0.1, 0.2, 0.4)), budget=0.2),
-        sources=(STA,),
+        sources=(papers.STA,),
     ),
-    Recipe(name="radial", order=AxesOrder(whole=True), select=RadialSelect(decay=0.95), sources=(RADIAL,)),
+    Recipe(name="radial", order=AxesOrder(whole=True), select=RadialSelect(decay=0.95), sources=(papers.RADIAL,)),
 )
 
 BY_CONTENT = _by_name(
     Recipe(
-        name="draft", order=DRAFT_TILES, score=PooledScore(), select=PercentileSelect(density=0.25), sources=(DRAFT,)
+        name="draft",
+        order=DRAFT_TILES,
+        score=PooledScore(),
+        select=PercentileSelect(density=0.25),
+        sources=(papers.DRAFT,),
     ),
     Recipe(
         name="xattention",
@@ -130,14 +114,14 @@ BY_CONTENT = _by_name(
         score=AntidiagonalScore(stride=16),
         select=TopPSelect(p=0.9),
         block_k=128,
-        sources=(XATTENTION,),
+        sources=(papers.XATTENTION,),
     ),
     Recipe(
         name="sparge",
         order=HilbertOrder(),
         score=PooledScore(smooth=True, trust=-0.1),
         select=TopKSelect(density=0.5),
-        sources=(SPARGE,),
+        sources=(papers.SPARGE,),
     ),
     Recipe(
         name="pbs",
@@ -145,7 +129,7 @@ BY_CONTENT = _by_name(
         score=PooledScore(),
         select=TopPSelect(p=0.9),
         keeps=NOTHING,
-        sources=(PBS,),
+        sources=(papers.PBS,),
     ),
     Recipe(
         name="jenga",
@@ -154,7 +138,7 @@ BY_CONTENT = _by_name(
         select=TopPSelect(p=0.3, least=0.25),
         keeps=Keeps(adjacent=True),
         block_k=128,
-        sources=(JENGA,),
+        sources=(papers.JENGA,),
     ),
     Recipe(
         name="dfs",
@@ -164,23 +148,23 @@ BY_CONTENT = _by_name(
         every=12,
         dense_layers=1,
         block_k=128,
-        sources=(DFS,),
+        sources=(papers.DFS,),
     ),
     Recipe(
         name="adaspa",
         order=RasterOrder(),
-        score=MassScore(),
+        score=MassScore(cached=True),
         select=TopKSelect(density=0.2, spread=True),
         decide_at=(0.2, 0.6),
         block_q=64,
-        sources=(ADASPA,),
+        sources=(papers.ADASPA,),
     ),
     Recipe(
         name="minference",
         order=TileOrder(picture=(1, 8, 8), video=(4, 4, 4)),
         score=SampledScore(),
         select=LinesSelect(columns=0.2, density=0.1),
-        sources=(MINFERENCE,),
+        sources=(papers.MINFERENCE,),
     ),
     Recipe(
         name="zipvl",
@@ -188,7 +172,7 @@ BY_CONTENT = _by_name(
         score=SampledScore(),
         select=TopPSelect(p=0.975),
         keeps=NOTHING,
-        sources=(ZIPVL,),
+        sources=(papers.ZIPVL,),
     ),
     Recipe(
         name="double-sparsity",
@@ -196,7 +180,26 @@ BY_CONTENT = _by_name(
         score=ChannelScore(share=0.25),
         select=TopKSelect(density=0.3),
         every=5,
-        sources=(CHANNELS,),
+        sources=(papers.CHANNELS,),
+    ),
+    Recipe(
+        name="hip",
+        order=HilbertOrder(),
+        score=TreeScore(queries=4),
+        select=TopKSelect(density=0.1),
+        every=8,
+        dense_layers=4,
+        block_q=64,
+        sources=(papers.HIP,),
+    ),
+    Recipe(
+        name="sale",
+        order=HilbertOrder(),
+        score=LowBitScore(bits=4),
+        select=ThresholdSelect(above=0.008),
+        every=5,
+        block_q=64,
+        sources=(papers.SALE,),
     ),
     Recipe(
         name="vmoba",
@@ -207,12 +210,12 @@ BY_CONTENT = _by_name(
             Case(layers="0::3", order=AxesOrder(whole=True)),
             Case(layers="1::3", order=TileOrder(picture=(1, 8, 8), video=(1, 16, 16))),
         ),
-        sources=(VMOBA,),
+        sources=(papers.VMOBA,),
     ),
 )
 
 BY_HEAD = _by_name(
-    Recipe(name="svg1", heads=HeadChoice(options=(_band("fhw"), _band("hwf"))), keeps=NOTHING, sources=(SVG,)),
+    Recipe(name="svg1", heads=HeadChoice(options=(_band("fhw"), _band("hwf"))), keeps=NOTHING, sources=(papers.SVG,)),
     Recipe(
         name="sparse-vdit",
         heads=HeadChoice(
@@ -228,7 +231,7 @@ BY_HEAD = _by_name(
         ),
         keeps=NOTHING,
         every=1000,
-        sources=(VDIT,),
+        sources=(papers.VDIT,),
     ),
     Recipe(
         name="paro",
@@ -242,21 +245,34 @@ BY_HEAD = _by_name(
         keeps=NOTHING,
         decide_at=(0.2, 0.5),
         block_q=64,
-        sources=(PARO,),
+        sources=(papers.PARO,),
+    ),
+    Recipe(
+        name="flexprefill",
+        heads=HeadChoice(
+            options=(
+                Option(order=BLOCKS_OF_128, score=PooledScore(weigh=True), select=CumulativeSelect(p=0.9)),
+                Option(order=BLOCKS_OF_128, score=SampledScore(rows=128), select=LinesSelect(p=0.9)),
+            ),
+            rows=256,
+            trust=0.1,
+        ),
+        block_k=128,
+        sources=(papers.FLEXPREFILL,),
     ),
     Recipe(
         name="duo",
         heads=HeadChoice(options=(_band(density=0.1), Option(select=AllSelect())), budget=0.5),
         keeps=Keeps(sinks=16),
         every=1000,
-        sources=(DUO,),
+        sources=(papers.DUO,),
     ),
     Recipe(
         name="moa",
         heads=HeadChoice(options=tuple(_band(density=d) for d in (0.1, 0.2, 0.35, 0.5, 0.75)), budget=0.5),
         keeps=Keeps(sinks=64),
         every=1000,
-        sources=(MOA,),
+        sources=(papers.MOA,),
     ),
 )
 
@@ -267,7 +283,7 @@ BY_CLUSTER = _by_name(
         score=PooledScore(weigh=True),
         select=TopPSelect(p=0.9, least=0.1),
         block_q=64,
-        sources=(SVG2,),
+        sources=(papers.SVG2,),
     ),
     Recipe(
         name="svg-ear",
@@ -276,7 +292,17 @@ BY_CLUSTER = _by_name(
         select=ErrorSelect(p=0.9, least=0.1),
         correct=CentroidCorrect(),
         block_q=64,
-        sources=(EAR,),
+        sources=(papers.EAR,),
+    ),
+    Recipe(
+        name="svoo",
+        order=KMeansOrder(queries=256, keys=1024, first=2, later=2, joint=True),
+        score=PooledScore(weigh=True),
+        select=TopPSelect(p=0.9, least=0.1),
+        every=20,
+        dense_layers=1,
+        block_q=64,
+        sources=(papers.SVOO,),
     ),
 )
 
@@ -289,21 +315,21 @@ CORRECTED = _by_name(
         keeps=Keeps(adjacent=True),
         correct=MassCorrect(),
         block_k=128,
-        sources=(RECTIFIED,),
+        sources=(papers.RECTIFIED,),
     ),
     Recipe(
         name="delta",
         order=AxesOrder(),
         select=BandSelect(density=0.2),
         correct=DeltaCorrect(stride=64),
-        sources=(DELTA,),
+        sources=(papers.DELTA,),
     ),
     Recipe(
         name="rettention",
         order=AxesOrder(),
         select=BandSelect(density=0.1),
         correct=ResidualCorrect(every=5, growth=0.04),
-        sources=(RETTENTION,),
+        sources=(papers.RETTENTION,),
     ),
     Recipe(
         name="tidal",
@@ -312,13 +338,19 @@ CORRECTED = _by_name(
         select=TopKSelect(density=0.3),
         dense_layers=2,
         decide_layers=(2, 13),
-        sources=(TIDAL,),
+        sources=(papers.TIDAL,),
     ),
 )
 
-RECIPES: dict[str, Recipe] = {**BY_PLACE, **BY_CONTENT, **BY_HEAD, **BY_CLUSTER, **CORRECTED}
+OPERATORS = _by_name(
+    Recipe(
+        name="agent", order=RasterOrder(), select=AgentSelect(density=0.125), keeps=NOTHING, sources=(papers.AGENT,)
+    ),
+)
 
-_PRESET = {"order": DRAFT_TILES, "score": PooledScore(), "adaptive": True, "sources": (DRAFT,)}
+RECIPES: dict[str, Recipe] = {**BY_PLACE, **BY_CONTENT, **BY_HEAD, **BY_CLUSTER, **CORRECTED, **OPERATORS}
+
+_PRESET = {"order": DRAFT_TILES, "score": PooledScore(), "adaptive": True, "sources": (papers.DRAFT,)}
 PRESETS = _by_name(
     Recipe(name="quality", select=TopKSelect(density=0.5), dense_steps=0.25, **_PRESET),
     Recipe(name="balanced", select=TopKSelect(density=0.3), dense_steps=0.2, **_PRESET),

@@ -33,7 +33,7 @@ def kmeans(
     cluster, whose centroid is then not finite either. Triton compares half-precision tokens with centroids rounded to
     their dtype, which the reference does not: a token about as far from two centroids may fall to either.
     """
-    _check(x, clusters, iterations, start)
+    check(x, clusters, iterations, start)
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
     wanted = backend or ("triton" if x.is_cuda else "reference")
@@ -44,10 +44,10 @@ def kmeans(
         from .triton import lloyd
     else:
         from .reference import lloyd
-    return lloyd(x, _first(x, clusters, start), iterations)
+    return lloyd(x, first_centroids(x, clusters, start), iterations)
 
 
-def _first(x: Tensor, clusters: int, start: Tensor | None) -> Tensor:
+def first_centroids(x: Tensor, clusters: int, start: Tensor | None) -> Tensor:
     """Return the first centroids, float32 [B, H, clusters, D]."""
     n = x.shape[2]
     spaced = x[:, :, (torch.arange(clusters, device=x.device) * n + n // 2) // clusters].float()
@@ -56,7 +56,8 @@ def _first(x: Tensor, clusters: int, start: Tensor | None) -> Tensor:
     return torch.where(torch.isfinite(start).all(-1, keepdim=True), start.float(), spaced)
 
 
-def _check(x: Tensor, clusters: int, iterations: int, start: Tensor | None) -> None:
+def check(x: Tensor, clusters: int, iterations: int, start: Tensor | None) -> None:
+    """Raise what `kmeans` raises where its arguments do not fit."""
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"x is {list(x.shape)}; expected a non-empty [B, H, N, D]")
     if not x.dtype.is_floating_point:

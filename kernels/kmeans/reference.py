@@ -17,23 +17,26 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
     labels = torch.empty(x.shape[:3], dtype=torch.int32, device=x.device)
     sizes = torch.zeros(centroids.shape[:3], dtype=torch.int64, device=x.device)
     for _ in range(iterations):
-        labels, sums, sizes = _assign(x, centroids)
-        centroids = torch.where(sizes[..., None] > 0, sums / sizes[..., None].clamp(min=1), centroids)
+        labels, centroids, sizes = move(x, centroids, centroids, centroids.square().sum(-1))
     return labels, centroids, sizes
 
 
-def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each token its nearest centroid; return the labels, and each cluster's sum and size."""
+def move(x: Tensor, centroids: Tensor, directions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each token the cluster of least length - 2 x . direction; return labels, the new centroids and the sizes.
+
+    With the centroids as directions and their squared lengths that is the nearest centroid: the token's own length is
+    the same for all.
+    """
     b, h, clusters, _ = centroids.shape
     ids = torch.arange(clusters, device=x.device)
-    length = centroids.square().sum(-1)[:, :, None]
     sums, sizes, labels = torch.zeros_like(centroids), torch.zeros_like(centroids[..., 0]), []
     for part in x.split(max(1, BYTES // (4 * b * h * clusters)), dim=2):
         tokens = part.float()
-        distance = length - 2 * tokens @ centroids.mT  # the token's own length is the same for all
+        distance = lengths[:, :, None] - 2 * tokens @ directions.mT
         label = distance.nan_to_num(nan=float("inf")).argmin(-1)
         member = (label[..., None] == ids).float()
         sums += member.mT @ tokens
         sizes += member.sum(2)
         labels.append(label.to(torch.int32))
-    return torch.cat(labels, 2), sums, sizes.long()
+    moved = torch.where(sizes[..., None] > 0, sums / sizes[..., None].clamp(min=1), centroids)
+    return torch.cat(labels, 2), moved, sizes.long()

@@ -81,20 +81,21 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
     return labels, centroids, sizes
 
 
-def assign(x: Tensor, centroids: Tensor, tile: Tile | None = None) -> Tensor:
+def assign(x: Tensor, centroids: Tensor, tile: Tile | None = None, *, lengths: bool = True) -> Tensor:
     """Give each token its nearest centroid, int32 [B, H, N]; `tile` overrides the choice (for benchmarks).
 
     The tokens are compared with the centroids rounded to their dtype, summed in fp32; of equal ones the first is taken.
+    Without `lengths` the centroid of largest product with the token is taken instead of the nearest.
     """
     labels = torch.empty(x.shape[:3], dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        grid, args, constants = launch(x, centroids, labels, tile)
+        grid, args, constants = launch(x, centroids, labels, tile, lengths)
         _assign_kernel[grid](*args, **constants)
     return labels
 
 
 def launch(
-    x: Tensor, centroids: Tensor, labels: Tensor, tile: Tile | None = None
+    x: Tensor, centroids: Tensor, labels: Tensor, tile: Tile | None = None, lengths: bool = True
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the assignment for one call."""
     b, h, n, d = x.shape
@@ -104,7 +105,7 @@ def launch(
     clusters = -(-centroids.shape[2] // tile.clusters) * tile.clusters
     packed = torch.zeros(b, h, clusters, padded, dtype=x.dtype, device=x.device)
     packed[:, :, : centroids.shape[2], :d] = centroids
-    half = packed.float().square().sum(-1) / 2
+    half = packed.float().square().sum(-1) / 2 * lengths
     half[:, :, centroids.shape[2] :] = float("inf")
     tiles = -(-n // tile.tokens)
     args = (x, packed, half, labels, *x.stride(), n, clusters, h, tiles)

@@ -114,11 +114,16 @@ def test_no_recipe_keeps_more_than_the_oracle_of_its_blocks(layout: TokenLayout,
         if plan.dense:
             continue
         seen = quality(call, plan, out)
+        if seen.recall is None:
+            assert plan.operator
+            continue
         if seen.best_recall is not None:
             assert seen.recall <= seen.best_recall + 1e-5, recipe.name
         best = oracle_plan(call, asked.override(density=min(1.0, float(plan.density()) + 0.06)))
         if not best.dense and _same_blocks(plan, best) and float(best.density()) >= float(plan.density()):
-            assert quality(call, best, out).recall >= seen.recall - 1e-5, recipe.name
+            held = quality(call, best, out).recall
+            assert held is not None
+            assert held >= seen.recall - 1e-5, recipe.name
             compared += 1
     assert compared >= 3
 
