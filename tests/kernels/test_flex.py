@@ -14,7 +14,7 @@ from dit_accel.backend import kernel_name
 from dit_accel.kernels.block_sparse import automatic, block_sparse_attention, flex, unsupported_reasons
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-KEPT = ["dim-40", "odd-blocks", "grouped-heads", "list-per-sample", "orders-holes-bias", "box-orders-holes-bias"]
+KEPT = ["dim-40", "grouped-heads", "list-per-sample", "box-orders-holes-bias"]
 BLOCKS = {"block_q": 64, "block_k": 64}
 
 
@@ -39,7 +39,7 @@ def test_random_sweep(seed, device):
     check(call, *block_sparse_attention(**call, backend="flex"))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_lists_and_mask_say_the_same(seed):
     """Uncompiled FlexAttention asks the mask alone; compiled, the mask in partial blocks and nothing in full ones."""
     call = {name: x for name, x in make_call(**random_case(seed)).items() if name != "key_bias"}
