@@ -151,7 +151,8 @@ def timed_runs(case: Case, qkv: tuple[Tensor, Tensor, Tensor], call: dict[str, A
     yield "int8", rounded, error
     if not qkv[0].is_cuda:
         return
-    from dit_accel.kernels.block_sparse.quantised_triton import attend, pack
+    from dit_accel.kernels.block_sparse.quantised_pack import pack
+    from dit_accel.kernels.block_sparse.quantised_triton import attend
 
     yield "int8 packing alone", lambda: pack(problem), error
     for tile in OTHER_TILES:

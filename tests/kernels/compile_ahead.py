@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.block_sparse import quantised_pack as packing
 from dit_accel.kernels.block_sparse import quantised_triton as rounded
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
@@ -88,11 +89,11 @@ def compile_attention(capability: int, problem: Problem, tile=None) -> triton.co
 def compile_rounded(capability: int, name: str, pack: bool = False) -> triton.compiler.CompiledKernel:
     """The int8 kernel on a call of the table above, or the one that packs its keys and values."""
     problem = replace(problem_of(*VARIANTS[name]), precision="int8")
-    room = rounded.packed_room(problem)
+    room = packing.packed_room(problem)
     if pack:
-        return compile_launch(rounded._pack_kernel, capability, *rounded.pack_launch(problem, room))
+        return compile_launch(packing._pack_kernel, capability, *packing.pack_launch(problem, room))
     blocks = (problem.block_q, problem.block_k)
-    tile = rounded.choose(divmod(capability, 10), rounded.padded(problem), *blocks, attention.kind_of(problem))
+    tile = rounded.choose(divmod(capability, 10), packing.padded(problem), *blocks, attention.kind_of(problem))
     out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
     _, args, constants = rounded.launch(problem, room, tile, out, lse)
     return compile_launch(rounded._attention_kernel, capability, args, constants)
