@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB
-STACK_LIMIT = 1024  # bytes a thread that did not fit in registers; what takes more is listed with its own limit
-SPILLS = {"bf16-128-everything": 2048, "bf16-128-predicate": 2048, "fp32": 2048}
+STACK_LIMIT = 512  # bytes a thread that did not fit in registers; where the assembler gives up, it leaves 5 KB and more
+MORE_STACK = {
+    "bf16-72-bias": 1280, "bf16-128-everything": 2048, "fp32-64": 1024, "int8-256-orders": 768,
+    "int8-128-predicate": 1024, "int8-128-everything": 1536,
+}  # fmt: skip
 SCRIPT = Path(__file__).with_name("compile_ahead.py")
 
 
@@ -29,8 +32,7 @@ def check(lines: list[dict]) -> None:
     assert lines
     for line in lines:
         assert line["shared"] <= SHARED_LIMIT[line["capability"]] << 10, line
-        assert line["stack"] <= SPILLS.get(line["name"], STACK_LIMIT), line
-        assert line["registers"] > 32, line  # where the assembler gives up, it leaves 32 and kilobytes of stack
+        assert line["stack"] <= MORE_STACK.get(line["name"], STACK_LIMIT), line
         assert not line["tma"] or line["capability"] >= 90, line
         assert line["int8"] == (line["name"].startswith("int8") and "pack" not in line["name"]), line
 
