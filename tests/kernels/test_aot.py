@@ -48,7 +48,9 @@ def test_orders_bias_and_predicates_compile():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
-    check(compiled(str(capability), "means", "means-ragged", "assign-64", "assign-128"))
+    of_orders = ("means-ragged", "means-two", "assign-64", "assign-128")
+    of_scores = ("means-direction", "block-mass-128", "block-max")
+    check(compiled(str(capability), *of_orders, *of_scores, "budget-rows", "budget-limit", "top-mass", "lists-bits"))
 
 
 @pytest.mark.full
