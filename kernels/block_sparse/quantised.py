@@ -73,7 +73,7 @@ def _quantised_queries(q: Tensor) -> Tensor:
     finite = q.isfinite()
     known = q.masked_fill(~finite, 0.0)
     step = (known.abs().amax(-1, keepdim=True) / LEVELS).clamp(min=LEAST_STEP)
-    levels = torch.floor(known / step + 0.5)
+    levels = torch.floor(known * (1 / step) + 0.5)
     return levels * step.masked_fill(~finite.all(-1, keepdim=True), math.nan)
 
 
@@ -94,7 +94,7 @@ def quantised_keys(problem: Problem, mean: Tensor) -> Tensor:
     finite = rows.isfinite()
     rows = rows.masked_fill(~finite, 0.0)
     step = (rows.abs().amax((-1, -2), keepdim=True) / LEVELS).clamp(min=LEAST_STEP)
-    levels = torch.floor(rows / step + 0.5)
+    levels = torch.floor(rows * (1 / step) + 0.5)
     back = (levels * step.masked_fill(~finite.all(-1).all(-1)[..., None, None], math.nan)).flatten(2, 3)
     out = back.new_zeros(batch, heads, length + 1, dim)
     out.scatter_(2, torch.where(tokens < 0, length, tokens).unsqueeze(-1).expand_as(back), back)

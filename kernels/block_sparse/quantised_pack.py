@@ -23,8 +23,8 @@ TOP = tl.constexpr(float(LEVELS))
 
 @triton.jit
 def to_int8(x, finite, step):
-    """The nearest of -127..127 grid steps, halves upwards; `step` must spread over x."""
-    return tl.floor(tl.div_rn(tl.where(finite, x, 0.0), step) + 0.5).to(tl.int8)
+    """The nearest of -127..127 grid steps, halves upwards; `step` must broadcast over x."""
+    return tl.floor(tl.where(finite, x, 0.0) * tl.div_rn(1.0, step) + 0.5).to(tl.int8)
 
 
 @triton.jit
@@ -67,8 +67,7 @@ def _pack_kernel(
     tl.store(step_ptr + (b * heads + h) * blocks + block, tl.where(broken, float("nan"), step))
 
     at = ((b * heads + h) * blocks * BLOCK + slots)[:, None] * D_PAD + d[None, :]
-    levels = to_int8(centred, finite, tl.full([ROWS, D_PAD], 1.0, tl.float32) * step)
-    tl.store(k_out_ptr + at, levels, mask=in_block[:, None])
+    tl.store(k_out_ptr + at, to_int8(centred, finite, step), mask=in_block[:, None])
     if v_out_ptr is not None:
         v = _load_rows(v_ptr + b * v_stride_b + hk * v_stride_h, tok, v_stride_s, v_stride_d, ok, True, D, D_PAD)
         tl.store(v_out_ptr + at, v, mask=in_block[:, None])

@@ -103,7 +103,7 @@ def _attention_kernel(
     finite = tl.abs(q) < float("inf")
     largest = tl.max(tl.where(finite, tl.abs(q), 0.0), 1)
     q_step = tl.maximum(tl.div_rn(largest, TOP), SMALLEST)
-    q8 = to_int8(q, finite, tl.full([TILE_Q, D_PAD], 1.0, tl.float32) * q_step[:, None])
+    q8 = to_int8(q, finite, q_step[:, None])
     broken = tl.max(tl.where(finite, 0, 1), 1) > 0
     q_unit = tl.where(broken, float("nan"), q_step) * (scale * LOG2_E)
 

@@ -29,7 +29,7 @@ def nearest(rows: Tensor) -> tuple[Tensor, float]:
     """Rows on a grid of 127 steps to their largest number, in fp32 as the kernel does it, and half a step."""
     rows = rows.float()
     step = (rows.abs().max() / 127).clamp(min=1e-12)
-    levels = torch.floor(rows / step + 0.5)
+    levels = torch.floor(rows * (1 / step) + 0.5)
     assert levels.abs().max() <= 127
     return (levels * step).double(), float(step) / 2
 
