@@ -13,7 +13,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.sparsity.recipes import resolve
 from dit_accel.step import StepInfo
 
-LAYOUT = TokenLayout(grid=(1, 7, 13), text=5)
+LAYOUT = TokenLayout(grid=(1, 7, 9), text=5)
 
 
 @pytest.mark.parametrize("name", ["balanced", "draft", "jenga", "sparge", "rectified"])
