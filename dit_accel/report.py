@@ -33,8 +33,13 @@ class _Record:
     reason: str
     kernel: str
     pairs: float
-    density: torch.Tensor | float
+    plan: Plan | None
     events: _Events | None
+
+    @property
+    def density(self) -> float:
+        """Computed over possible pairs; on a GPU this waits for it."""
+        return 1.0 if self.plan is None else float(self.plan.density())
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ class Ledger:
             "the plan holds every pair" if plan.dense else plan.measures,
             "stock" if plan.dense else kernel,
             float(plan.queries * plan.keys),
-            plan.density(),
+            plan.counts(),
             _pair(start, call.q.device),
         )
 
@@ -197,11 +202,11 @@ class Ledger:
         """Record a call that the stock attention runs, around its run."""
         start = _mark(device)
         yield
-        self._add(site, step, "dense", reason, "stock", self._pairs(), 1.0, _pair(start, device))
+        self._add(site, step, "dense", reason, "stock", self._pairs(), None, _pair(start, device))
 
     def note_dense(self, site: Site, step: StepInfo, reason: str) -> None:
         """Record a call that ran out of the engine's sight."""
-        self._add(site, step, "dense", reason, "stock", self._pairs(), 1.0, None)
+        self._add(site, step, "dense", reason, "stock", self._pairs(), None, None)
 
     def _pairs(self) -> float:
         return float(self._layout.length**2) if self._layout is not None else 1.0
@@ -214,16 +219,16 @@ class Ledger:
         reason: str,
         kernel: str,
         pairs: float,
-        density: torch.Tensor | float,
+        plan: Plan | None,
         events: _Events | None,
     ) -> None:
-        self._records.append(_Record(site.group, step.index, kind, reason, kernel, pairs, density, events))
+        self._records.append(_Record(site.group, step.index, kind, reason, kernel, pairs, plan, events))
 
     def report(self, untouched: Mapping[str, str], state_bytes: int, notes: Sequence[str] = ()) -> Report:
         """Add the records up; on a GPU this waits for it."""
         if self._forwards or any(r.events for r in self._records):
             torch.cuda.synchronize()
-        density = [float(r.density) for r in self._records]
+        density = [r.density for r in self._records]
         return Report(
             recipe=self._recipe.name,
             density=_mean([(d, r.pairs) for d, r in zip(density, self._records, strict=True) if r.kind == "sparse"]),

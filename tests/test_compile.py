@@ -16,8 +16,13 @@ from torch._dynamo.utils import counters
 import dit_accel
 from dit_accel import compiled
 from dit_accel.call import AttentionCall
+from dit_accel.kernels.block_lists.op import lists_op
+from dit_accel.kernels.block_mass.op import mass_op as block_mass_op
+from dit_accel.kernels.block_max.op import max_op
 from dit_accel.kernels.block_sparse.op import block_sparse_op
+from dit_accel.kernels.budget.op import heads_op, rows_op
 from dit_accel.kernels.merge.op import merge_op
+from dit_accel.kernels.top_mass.op import mass_op
 
 STEPS = 4
 RECIPE = SPARSE.override(dense_steps=0.25)  # one dense step, then plans decided anew at every step
@@ -268,12 +273,24 @@ def test_opcheck_of_the_kernels() -> None:
     bias, coords = torch.randn(2, 1, 37), torch.arange(37, dtype=torch.int32).expand(3, 37).contiguous()
     order = torch.randperm(48).int().masked_fill(torch.randperm(48) >= 48, -1)
     order = torch.where(order < 37, order, -1)[None, None]
-    rest = (None, None, None, None, False, "", [0, 0, 0], None, None, None, "as given", None)
+    rest = (None, None, None, None, False, "", [0, 0, 0], None, None, None, False, True, "as given", None)
     torch.library.opcheck(block_sparse_op, (q, k, v, index, count, 16, 16, *rest))
-    full = (count - 1, order, order, bias, False, "band", [5, 0, 0], coords, coords, 0.5, "int8", "reference")
+    how = (False, False, "int8", "reference")
+    full = (count - 1, order, order, bias, False, "band", [5, 0, 0], coords, coords, 0.5, *how)
     torch.library.opcheck(block_sparse_op, (q, k, v, index, count, 16, 16, *full))
     outs, lses = list(torch.randn(2, 2, 37, 3, 16)), list(torch.randn(2, 2, 3, 37))
     torch.library.opcheck(merge_op, (outs, lses, None))
+    owner, tokens = torch.arange(5).view(1, 1, 5), torch.full((1, 1, 5), 16)
+    units = torch.rand(2, 3, 5, 5) < 0.5
+    torch.library.opcheck(lists_op, (units, owner, owner, tokens, tokens, 16, None))
+    score, keep, cost = torch.randn(2, 3, 5, 7), torch.eye(5, 7, dtype=torch.bool), torch.ones(7)
+    torch.library.opcheck(rows_op, (score, keep, cost, 0.3, None, None))
+    torch.library.opcheck(rows_op, (score, keep, cost, 0.0, torch.full((2, 1, 5, 1), 3.0), "reference"))
+    torch.library.opcheck(heads_op, (score, keep, torch.ones(5), cost, 0.3, None))
+    torch.library.opcheck(mass_op, (score, keep, 0.5, 0.25, None, None))
+    slots = torch.arange(48, dtype=torch.int32)
+    torch.library.opcheck(block_mass_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None, None))
+    torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None))
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import dit_accel
 from dit_accel.calibration.measure import coverage, patterns
 from dit_accel.call import AttentionCall, Site
+from dit_accel.kernels.block_mass import reference as block_mass
+from dit_accel.kernels.block_max import reference as block_max
 from dit_accel.kernels.block_sparse import cpu
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import rows, scores
@@ -89,8 +91,8 @@ def test_nothing_waits_for_the_device(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_map_over_token_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BYTES", 1 << 20)
-    monkeypatch.setattr(scores, "BYTES", 1 << 20)
+    for module in (rows, scores, block_mass, block_max):
+        monkeypatch.setattr(module, "BYTES", 1 << 20)
     assert planned(name, 2, 1).largest < LAYOUT.length**2
 
 
@@ -112,8 +114,8 @@ def test_heads_that_are_told_cost_no_more(name: str) -> None:
 @pytest.mark.parametrize("name", ["paro", "sparse-vdit", "moa", "sta", "svg2"])
 def test_measuring_a_call_holds_no_map_and_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a calibration measures of a call, a run of queries at a time."""
-    monkeypatch.setattr(rows, "BYTES", 1 << 20)
-    monkeypatch.setattr(scores, "BYTES", 1 << 20)
+    for module in (rows, scores, block_mass, block_max):
+        monkeypatch.setattr(module, "BYTES", 1 << 20)
     recipe = resolve(name, block_q=16, block_k=16)
     choice = recipe.heads or recipe.search
     measure = patterns(recipe, choice, 300) if choice else coverage(300)

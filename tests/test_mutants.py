@@ -20,8 +20,9 @@ import torch
 
 from dit_accel import api, attend
 from dit_accel.hosts import cogvideox, generic, hunyuan_video, own, wan
+from dit_accel.kernels.budget import reference as budget
 from dit_accel.origin import Origin, Unchanged
-from dit_accel.sparsity import decide, plan, planner, scores, selectors
+from dit_accel.sparsity import decide, plan, planner, scores
 from dit_accel.textkv import TextKV
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -82,8 +83,8 @@ def transposed_scores(patch: pytest.MonkeyPatch) -> None:
 
 
 def worst_instead_of_best(patch: pytest.MonkeyPatch) -> None:
-    original = selectors._prefer_kept
-    patch.setattr(selectors, "_prefer_kept", lambda s, k: original(-s, k))
+    original = budget.prefer_kept
+    patch.setattr(budget, "prefer_kept", lambda s, k: original(-s, k))
 
 
 def nan_is_ignored(patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import test_faithful_reuse as reuse_tests
 import torch
 
 from dit_accel.kernels import pooled
+from dit_accel.kernels.top_mass import reference as top_mass
 from dit_accel.sparsity import (
     agents,
     cached,
@@ -89,18 +90,18 @@ def clusters_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def floor_forgotten(patch: pytest.MonkeyPatch) -> None:
-    original = selectors._first
-    patch.setattr(selectors, "_first", lambda ordered, least: original(ordered, 0.0))
+    original = top_mass.first
+    patch.setattr(top_mass, "first", lambda ordered, least: original(ordered, 0.0))
 
 
 def crossing_block_left_out(patch: pytest.MonkeyPatch) -> None:
-    original = selectors._mass_before
+    original = top_mass.mass_before
 
     def after(score: torch.Tensor) -> Any:
         order, before = original(score)
         return order, torch.nn.functional.pad(before[..., 1:], (0, 1), value=1.0)
 
-    patch.setattr(selectors, "_mass_before", after)
+    patch.setattr(top_mass, "mass_before", after)
 
 
 def untrusted_units_judged_anyway(patch: pytest.MonkeyPatch) -> None:
@@ -344,5 +345,5 @@ def _forget() -> None:
 
     shapes.unit_mask.cache_clear()
     decide.floor_note.cache_clear()
-    decide._places_on.cache_clear()
+    decide._by_place.cache_clear()
     recipe._at.cache_clear()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .scores import Scene, products
+from ..kernels.block_mass import block_mass_and_lse
+from .scores import Scene, runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +27,10 @@ def score(scene: Scene, before: Reference | None) -> tuple[torch.Tensor, Referen
     AdaSpa, Xia et al. 2025, arXiv 2502.21079: a first search finds the log-sum-exps of full attention and sums in a
     second pass, a later one reuses them. Without `before` the sums are the exact attention, text included.
     """
-    uploaded, length = scene.tiling.on(scene.q.device), scene.k.shape[1]
-    unit = scene.cut.k.unit_of_token(length)[0, 0]
-    gather = torch.zeros(length, scene.tiling.units, device=unit.device).scatter_(1, unit[:, None], 1.0)
-    gather = gather[:, uploaded.grid_units]
-    sums, kept, done = [], [], 0
-    for logits, real in products(scene, scene.q, scene.k, scene.scale):
-        if scene.bias is not None:
-            logits = logits + scene.bias[:, :, None, None]
-        here = logits.logsumexp(-1) if before is None else before.lse[:, :, done : done + len(real)]
-        share = (logits - here[..., None]).exp() @ gather
-        sums.append((share * real[..., None]).sum(3) / real.sum(-1)[:, None])
-        kept.append(here)
-        done += len(real)
-    return torch.cat(sums, 2), before or Reference(torch.cat(kept, 2))
+    tiling, device = scene.tiling, scene.q.device
+    asking, unit = runs_of(tiling, tiling.unit, device).slots, tiling.unit
+    start = None if before is None else before.lse.flatten(2)
+    sums, lse = block_mass_and_lse(
+        scene.q, scene.k, asking, tiling.on(device).slots, unit, scene.scale, scene.bias, start
+    )
+    return scene.cut.k.on_grid(sums, 3), before or Reference(lse.unflatten(2, (-1, unit)))

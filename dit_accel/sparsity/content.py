@@ -13,7 +13,7 @@ from ..kernels.cocluster import cocluster
 from ..kernels.kmeans import kmeans
 from ..layout import Grid, TokenLayout
 from . import rows
-from .cut import Cut, Side, from_sorted
+from .cut import Cut, Places, Side, from_sorted, places
 from .tiling import Tiling
 
 TOKENS_PER_QUERY_CLUSTER, TOKENS_PER_KEY_CLUSTER = 32, 16  # the least there are on average
@@ -45,23 +45,26 @@ def by_importance(
     must. Here the sampled queries are spread over the grid and the segment may be the whole grid; text is not sorted.
     """
     mass = rows.key_mass(q, k, rows.sample(tiling.layout, order.rows, q.device), scale, bias)
-    curve, units = grid_tokens(tiling, q.device), order.segment or tiling.layout.length
+    curve = grid_tokens(tiling, q.device)
     n = len(curve)
-    segment = min(units, n)
+    segment = min(order.segment or n, n)
     along = mass[..., curve]
-    padded = torch.nn.functional.pad(along, (0, -n % segment), value=float("-inf")).unflatten(-1, (-1, segment))
-    place = padded.argsort(dim=-1, descending=True, stable=True)
-    place = (place + torch.arange(0, place.shape[-2], device=q.device)[:, None] * segment).flatten(-2)[..., :n]
-    return Cut(
-        tiling.layout.length,
-        tiling.on(q.device).cut.q,
-        from_sorted(
-            curve[place].int(),
-            _segment_sizes(n, segment, tiling.unit, q.device),
-            tiling.block_k,
-            _text_slots(tiling.layout, tiling.block_k, q.device),
-        ),
-    )
+    if segment < n:
+        padded = torch.nn.functional.pad(along, (0, -n % segment), value=float("-inf")).unflatten(-1, (-1, segment))
+        place = padded.argsort(dim=-1, descending=True, stable=True)
+        place = (place + torch.arange(0, place.shape[-2], device=q.device)[:, None] * segment).flatten(-2)[..., :n]
+    else:
+        place = along.argsort(dim=-1, descending=True, stable=True)
+    cut = tiling.on(q.device).cut
+    return Cut(tiling.layout.length, cut.q, _sorted_keys(tiling, segment, q.device).lay(curve.int()[place]))
+
+
+@lru_cache(maxsize=64)
+def _sorted_keys(tiling: Tiling, segment: int, device: torch.device) -> Places:
+    """Return how sorted keys lie in units: the sizes of the units depend on the layout alone."""
+    n = len(grid_tokens(tiling, device))
+    sizes, text = _segment_sizes(n, segment, tiling.unit, device), _text_slots(tiling.layout, tiling.block_k, device)
+    return places(sizes, n, tiling.block_k, text)
 
 
 @lru_cache(maxsize=64)

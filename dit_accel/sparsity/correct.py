@@ -7,6 +7,7 @@ made from the queries, keys and values of the very call, also where the selectio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -56,10 +57,11 @@ def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
 
     SVG-EAR, arXiv 2603.08982. The keys are those of this call, so the means follow them where the selection is reused.
     """
+    keys = cut.k.without_means()
     return PooledBranch(
-        k=grid_means(cut.k.without_means(), inputs.k),
-        v=grid_means(cut.k.without_means(), inputs.v),
-        tokens=grid_weights(cut.k),
+        k=grid_means(keys, inputs.k),
+        v=grid_means(keys, inputs.v),
+        tokens=grid_weights(keys),
         allowed=~mask[..., cut.k.grid],
         row=cut.q.unit_of_token(cut.length),
     )
@@ -90,8 +92,8 @@ def pooled_mass(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Blend:
     text keys one by one. A skipped unit is compensated where the size of its pooled logit exceeds what pooling may
     have cost it, |mean|dq| k| + |q mean|dk||; the mass of the others stays with the computed ones. Text rows are exact.
     """
-    q, k = grid_means(cut.q.without_means(), inputs.q), grid_means(cut.k.without_means(), inputs.k)
-    v = grid_means(cut.k.without_means(), inputs.v)
+    cut = cut.at_rest()
+    q, k, v = grid_means(cut.q, inputs.q), grid_means(cut.k, inputs.k), grid_means(cut.k, inputs.v)
     products = q @ k.mT
     logits = products * inputs.scale + grid_weights(cut.k)[..., None, :].log()
     text = _text_logits(cut.k, q, inputs)
@@ -117,12 +119,7 @@ def _text_logits(side: Side, q: torch.Tensor, inputs: Inputs) -> torch.Tensor:
 
 def _spread(side: Side, x: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """Return each grid unit's mean absolute difference from its mean, channel by channel, [B, H, units, D]."""
-    b, _, h, d = x.shape
-    whole = torch.zeros(b, h, side.units, d, device=x.device)
-    whole[:, :, side.grid] = means
-    unit = side.unit_of_token(x.shape[1]).expand(b, h, -1)
-    apart = (x.transpose(1, 2).float() - whole.gather(2, unit[..., None].expand(-1, -1, -1, d))).abs()
-    return grid_means(side.without_means(), apart.transpose(1, 2))
+    return grid_means(side, x, means, "apart")
 
 
 # Delta -------------------------------------------------------------------------------------------------------------
@@ -153,6 +150,16 @@ def delta(side: Side, length: int, stride: int) -> Delta:
     Delta Attention, Willette et al. 2025, arXiv 2505.11254, along the token order of a causal model; here along the
     order in which the queries lie in blocks.
     """
+    return _fixed_delta(side, length, stride) if side.per else _delta(side, length, stride)
+
+
+@lru_cache(maxsize=64)
+def _fixed_delta(side: Side, length: int, stride: int) -> Delta:
+    """Remember the groups of a side that depends on the layout alone."""
+    return _delta(side, length, stride)
+
+
+def _delta(side: Side, length: int, stride: int) -> Delta:
     step = next(n for n in range(min(stride, side.block), 0, -1) if side.block % n == 0)
     grouped = side.slots.unflatten(-1, (-1, step))
     rows = grouped[..., 0]  # holes lie at the end of a block, so a group without a first token has none

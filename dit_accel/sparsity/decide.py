@@ -81,24 +81,28 @@ def decide(recipe: Recipe, inputs: Inputs) -> Decision:
     if recipe.heads is not None:
         choose = _as_given if recipe.heads.given else _by_loss
         return choose(recipe, recipe.heads, inputs)
-    tiles = tiling_for(recipe, inputs.layout)
-    cut, warm = _cut(recipe, tiles, inputs)
-    device = inputs.q.device
-    rows, cols = cut.q.grid, cut.k.grid
-    keep = torch.zeros(len(rows), len(cols), dtype=torch.bool, device=device)
-    if not isinstance(recipe.order, ImportanceOrder | KMeansOrder):
-        keep = keep_mask(tiles, recipe.keeps, device)[rows[:, None], cols]
+    tiles, device = tiling_for(recipe, inputs.layout), inputs.q.device
     if recipe.select.geometric:
-        share = None if recipe.select.asked is None else grid_share(inputs.layout, recipe.select.asked)
-        keep = keep & (recipe.select.kind != "none")
-        chosen = keep | _places_on(tiles, recipe.select, share, device)
+        return Decision(tiles.on(device).cut, _by_place(tiles, recipe.select, recipe.keeps, device))
+    cut, warm = _cut(recipe, tiles, inputs)
+    keep = _grid_keep(tiles, recipe.keeps, device)
+    if isinstance(recipe.order, ImportanceOrder | KMeansOrder):
+        keep = _nothing(device).expand(len(cut.q.grid), len(cut.k.grid))
+    scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
+    chosen, reference = _by_score(recipe, scene, inputs, keep)
+    return Decision(cut, with_text(chosen, cut), warm=warm or reference)
+
+
+def with_text(chosen: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Add the rows and columns of text, all of them computed, to a mask over grid units."""
+    if chosen.shape[-2:] == (cut.q.units, cut.k.units):
+        return chosen
+    mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=chosen.device)
+    if cut.q.span is not None and cut.k.span is not None:
+        mask[..., slice(*cut.q.span), slice(*cut.k.span)] = chosen
     else:
-        scene = Scene(tiles, cut, inputs.q, inputs.k, inputs.scale, inputs.bias)
-        chosen, reference = _by_score(recipe, scene, inputs, keep)
-        warm = warm or reference
-    mask = torch.ones(*chosen.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=device)
-    mask[..., rows[:, None], cols] = chosen
-    return Decision(cut, mask, warm=warm)
+        mask[..., cut.q.grid[:, None], cut.k.grid] = chosen
+    return mask
 
 
 def _by_loss(recipe: Recipe, choice: HeadChoice, inputs: Inputs) -> Decision:
@@ -292,9 +296,25 @@ def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
 
 
 @lru_cache(maxsize=64)
-def _places_on(tiles: Tiling, select: Select, share: float | None, device: torch.device) -> torch.Tensor:
-    """Return a rule of places on a device, bool [1, 1, units, units], uploaded once."""
-    return torch.from_numpy(shapes.unit_mask(tiles, select, share)).to(device)[None, None]
+def _by_place(tiles: Tiling, select: Select, keeps: Keeps, device: torch.device) -> torch.Tensor:
+    """Return what a rule of places computes, bool [1, 1, units, units], made once a device."""
+    share = None if select.asked is None else grid_share(tiles.layout, select.asked)
+    chosen = torch.from_numpy(shapes.unit_mask(tiles, select, share)).to(device)[None, None]
+    if select.kind != "none":
+        chosen = chosen | _grid_keep(tiles, keeps, device)
+    return with_text(chosen, tiles.on(device).cut)
+
+
+@lru_cache(maxsize=64)
+def _grid_keep(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tensor:
+    """Return the grid's part of `keep_mask`, bool [units on a grid, units on a grid], made once a device."""
+    grid = tiling.on(device).grid_units
+    return keep_mask(tiling, keeps, device)[grid[:, None], grid]
+
+
+@lru_cache(maxsize=16)
+def _nothing(device: torch.device) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.bool, device=device)
 
 
 @lru_cache(maxsize=64)

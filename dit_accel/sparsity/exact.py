@@ -41,7 +41,8 @@ def exact_plan(
         return replace(shape, branches=(branch,), pairs=pairs)
     words = from_units(torch.from_numpy(text)[None, None].to(device), cut)
     assert words.pairs is not None
-    return replace(shape, branches=(branch, *words.branches), pairs=pairs + words.pairs)
+    beside = replace(words.branches[0], pack=False)  # nearly all of its queries see nothing but the text
+    return replace(shape, branches=(branch, beside), pairs=pairs + words.pairs)
 
 
 def _with_predicate(shape: Branch, covered: Branch, predicate: Predicate) -> Branch:

@@ -159,6 +159,7 @@ def _merge(sides: list[Side], best: torch.Tensor) -> Side:
         owner=_pick([grown(side.owner, blocks, side.units - 1) for side in sides], best),
         tokens=_pick([grown(side.tokens, blocks, 0) for side in sides], best),
         grid=sides[0].grid,
+        span=sides[0].span,
     )
 
 

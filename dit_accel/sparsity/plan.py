@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import PlanError
+from ..kernels.block_lists import block_lists
 from ..kernels.block_sparse import Precision, Predicate, block_sparse_attention
 from .cut import Cut
 
@@ -36,7 +38,8 @@ class Branch:
     `index` int32 [B|1, H|1, query blocks, M] key-block ids, of which the first `count` are used and the first
     `full_count` hold no holes and need no predicate. `q_order`, `k_order` int32 [B|1, H|1, slots]: slot to
     token, -1 a hole, None the identity. `key_bias` float [B|1, H|1, keys] is added to the logits.
-    `skip_heads` bool [B|1, H] marks heads that this branch leaves out on purpose.
+    `skip_heads` bool [B|1, H] marks heads that this branch leaves out on purpose. `every_query`: each query lies in
+    some slot. `pack`: keys are read often enough to be copied into slot order first.
     """
 
     block_q: int
@@ -49,6 +52,8 @@ class Branch:
     key_bias: torch.Tensor | None = None
     predicate: Predicate | None = None
     skip_heads: torch.Tensor | None = None
+    every_query: bool = False
+    pack: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +76,8 @@ class Branch:
             key_bias=_add(self.key_bias, given.bias),
             predicate=self.predicate,
             scale=given.scale,
+            every_query=self.every_query,
+            pack=self.pack,
             precision=given.precision,
         )
 
@@ -128,6 +135,10 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the index lists, orders and biases."""
         return sum(branch.nbytes for branch in (*self.branches, *self.pooled))
+
+    def counts(self) -> Plan:
+        """Return what a report needs of the plan: the pairs, without the lists."""
+        return Plan(self.queries, self.keys, pairs=self.pairs)
 
     def density(self) -> torch.Tensor:
         """Return computed over possible pairs, a float32 scalar tensor."""
@@ -290,10 +301,10 @@ class PackedPlan:
     @classmethod
     def pack(cls, mask: torch.Tensor, cut: Cut, note: str = "", skip_heads: torch.Tensor | None = None) -> PackedPlan:
         """Pack a unit mask, bool [B|1, H|1, query units, key units]."""
-        width = -(-mask.shape[-1] // 8) * 8
-        padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, width - mask.shape[-1]))
-        weights = (1 << torch.arange(8, device=mask.device, dtype=torch.int32)).to(torch.uint8)
-        bits = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+        ones = mask.view(torch.uint8)
+        if mask.shape[-1] % 8:
+            ones = torch.nn.functional.pad(ones, (0, -mask.shape[-1] % 8))
+        bits = (ones.unflatten(-1, (-1, 8)) * _bit_values(mask.device)).sum(-1, dtype=torch.uint8)
         return cls(bits, cut, note, skip_heads)
 
     def mask(self) -> torch.Tensor:
@@ -303,55 +314,33 @@ class PackedPlan:
 
     def expand(self) -> Plan:
         """Rebuild the index lists."""
-        return replace(from_units(self.mask(), self.cut, self.skip_heads), note=self.note)
+        return replace(from_units(self.bits, self.cut, self.skip_heads), note=self.note)
 
 
 def from_units(mask: torch.Tensor, cut: Cut, skip_heads: torch.Tensor | None = None) -> Plan:
-    """Turn a mask over unit pairs, bool [B|1, H|1, query units, key units], into a one-branch plan.
+    """Turn a mask over unit pairs, bool [B|1, H|1, query units, key units] or as bits, into a one-branch plan.
 
     Blocks that hold no token are left out; blocks without holes are marked full. `skip_heads` bool [B|1, H] marks heads
     that compute nothing on purpose. Nothing is read back from the device.
     """
     q, k = cut.q, cut.k
-    blocks = _spread(_spread(mask, q.owner, -2), k.owner, -1)
-    blocks = blocks & (q.tokens > 0)[..., None] & (k.tokens > 0)[..., None, :]
-    full = blocks & (k.tokens == k.block)[..., None, :]
-    index, count, full_count = _lists(blocks, full)
-    pairs = (blocks * (q.tokens[..., None] * k.tokens[..., None, :])).sum((-1, -2))
+    lists = block_lists(mask, q.owner, k.owner, q.tokens, k.tokens, k.block)
     branch = Branch(
         block_q=q.block,
         block_k=k.block,
-        index=index,
-        count=count,
+        index=lists.index,
+        count=lists.count,
         # the same tensor tells the kernel that nothing is partial, so that it compiles without the masked loop
-        full_count=count if k.identity or k.whole else full_count,
+        full_count=lists.count if k.identity or k.whole else lists.full_count,
         q_order=None if q.identity else q.slots,
         k_order=None if k.identity else k.slots,
         skip_heads=skip_heads,
+        every_query=True,
     )
-    return Plan(queries=cut.length, keys=cut.length, branches=(branch,), pairs=pairs)
+    return Plan(queries=cut.length, keys=cut.length, branches=(branch,), pairs=lists.pairs.sum(-1))
 
 
-def _spread(mask: torch.Tensor, owner: torch.Tensor, axis: int) -> torch.Tensor:
-    """Repeat the units of one axis of a mask for the blocks they own."""
-    if owner.shape[:2] == (1, 1):
-        return mask.index_select(axis, owner[0, 0])
-    b, h = torch.broadcast_shapes(mask.shape[:2], owner.shape[:2])
-    at = owner[..., None] if axis == -2 else owner[..., None, :]
-    shape = [b, h, *mask.shape[2:]]
-    shape[axis] = owner.shape[-1]
-    return mask.expand(b, h, -1, -1).gather(axis, at.expand(shape))
-
-
-def _lists(blocks: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each row's block ids, full ones first, how many there are, and how many are full, all int32."""
-    width = blocks.shape[-1]
-    full_count = full.sum(-1, dtype=torch.int32)
-    count = blocks.sum(-1, dtype=torch.int32)
-    among_full = full.cumsum(-1, dtype=torch.int32)
-    among_all = blocks.cumsum(-1, dtype=torch.int32)
-    place = torch.where(full, among_full, full_count[..., None] + among_all - among_full) - 1
-    place = torch.where(blocks, place, width).long()  # what is not computed goes to an extra column
-    ids = torch.arange(width, dtype=torch.int32, device=blocks.device).expand_as(place)
-    index = torch.zeros(*place.shape[:-1], width + 1, dtype=torch.int32, device=blocks.device)
-    return index.scatter_(-1, place, ids)[..., :width].contiguous(), count, full_count
+@lru_cache(maxsize=16)
+def _bit_values(device: torch.device) -> torch.Tensor:
+    """Return what the bits of a byte are worth, the lowest first, uint8 [8]."""
+    return torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -139,7 +140,7 @@ class Planner:
                 del self._fixed[next(iter(self._fixed))]  # the oldest
             self._fixed[key] = _fixed(recipe, call)
         fixed = self._fixed[key]
-        return self._corrected(recipe, call, fixed.plan, fixed.cut, fixed.mask)
+        return self._corrected(recipe, call, fixed.plan, fixed.cut, lambda: fixed.mask)
 
     # -- by content -------------------------------------------------------------------------------------------------
     def _by_content(self, recipe: Recipe, call: AttentionCall) -> Plan:
@@ -150,19 +151,24 @@ class Planner:
         if kept is not None and kept.probe is not None:
             kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
         if kept is not None and kept.plan is not None and self._still_good(recipe, kept, call):
-            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut, kept.plan.mask())
+            # what a correction makes of a kept cut is not kept with it, so that the state stays what was declared
+            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut.at_rest(), kept.plan.mask)
         inputs = _inputs(call, kept.warm if kept else None)
         decision = decide(recipe, inputs)
         note = floor_note(recipe, call.layout, call.q.shape[2])
         if recipe.stateful and call.step.index is not None:
             self._keep(recipe, key, call, decision, note)
         plan = replace(from_units(decision.mask, decision.cut, decision.skip_heads), note=note)
-        return self._corrected(recipe, call, plan, decision.cut, decision.mask)
+        return self._corrected(recipe, call, plan, decision.cut, lambda: decision.mask)
 
     # -- corrections ------------------------------------------------------------------------------------------------
-    def _corrected(self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: torch.Tensor) -> Plan:
+    def _corrected(
+        self, recipe: Recipe, call: AttentionCall, plan: Plan, cut: Cut, mask: Callable[[], torch.Tensor]
+    ) -> Plan:
+        if recipe.correct is None:
+            return plan
         if not isinstance(recipe.correct, ResidualCorrect):
-            return corrected(plan, recipe.correct, cut, mask, _inputs(call))
+            return corrected(plan, recipe.correct, cut, mask(), _inputs(call))
         key, now = (call.site.name, call.step.branch), call.step.index or 0
         kept = self._missing.get(key)
         if (
@@ -182,7 +188,8 @@ class Planner:
     def _fits(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         """Say whether what is kept belongs to calls like this one, and to what is asked of it here and now."""
         same = (kept.layout, kept.shape, kept.device) == (call.layout, call.q.shape, call.q.device)
-        return same and kept.recipe == recipe and (call.step.index is None or call.step.index >= kept.step)
+        asked = kept.recipe is recipe or kept.recipe == recipe  # comparing settings takes longer than all the rest
+        return same and asked and (call.step.index is None or call.step.index >= kept.step)
 
     def _still_good(self, recipe: Recipe, kept: _Kept, call: AttentionCall) -> bool:
         now = call.step.index if call.step.index is not None else kept.step

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..kernels.choice import wants_triton
 from ..layout import Grid, TokenLayout
 from .cut import Side
 
@@ -32,6 +33,21 @@ def sample(layout: TokenLayout, count: int, device: torch.device) -> torch.Tenso
     return torch.from_numpy(np.unique(tokens)).to(device)
 
 
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor [B, H, ...] as `product` takes it: half precision as it is on CUDA, else float32."""
+    if not (x.is_cuda and wants_triton(x) and x.dtype in (torch.float16, torch.bfloat16)):
+        return x.float()
+    return x if x.shape[0] == 1 else x.contiguous()  # so that samples and heads are one axis without a copy
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply operands, [B, H, m, c] with [B, H, c, n], summed up in and returned as float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+    return flat.unflatten(0, a.shape[:2])
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, bias: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -40,9 +56,9 @@ def attention(
     `q`, `k` [B, S, H, D]; `bias` [B|1, H|1, keys]. Memory stays below `BYTES` a run.
     """
     b, s, h, _ = k.shape
-    keys = k.permute(0, 2, 3, 1).float()
+    keys = operand(k.permute(0, 2, 3, 1))
     for run in rows.split(max(1, BYTES // (4 * b * h * s))):
-        logits = q[:, run].transpose(1, 2).float() @ keys * scale
+        logits = product(operand(q[:, run].transpose(1, 2)), keys) * scale
         if bias is not None:
             logits = logits + bias[:, :, None]
         yield run, logits.softmax(-1)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
-from ..kernels.unit_means import unit_means
+from ..kernels.block_mass import block_mass
+from ..kernels.block_max import block_max
+from ..kernels.unit_means import Form, unit_means, unit_means_of_two
 from . import rows
 from .cut import Cut, Side
 from .rows import BYTES
@@ -81,12 +84,13 @@ def pooled(scene: Scene, config: PooledScore) -> torch.Tensor:
     al. 2025: units whose tokens point apart are not judged by their mean. Without `softmax` the bare products (VMoBA,
     Wu et al. 2025).
     """
-    q, k = grid_means(scene.cut.q, scene.q), grid_means(scene.cut.k, scene.k)
+    q, k = _both_means(scene)
     tokens = grid_weights(scene.cut.k)[..., None, :]
-    middle = torch.zeros_like(k[:, :, :1])
+    middle = None
     if config.smooth:
         middle = (k * tokens.mT).sum(2, keepdim=True) / tokens.sum(-1, keepdim=True)
-    logits = q @ (k - middle).mT
+        k = k - middle
+    logits = q @ k.mT
     if not config.softmax:
         return logits
     logits = logits * scene.scale
@@ -94,39 +98,46 @@ def pooled(scene: Scene, config: PooledScore) -> torch.Tensor:
         logits = logits + tokens.log()  # an empty cluster weighs nothing
     if config.trust is None:
         return logits.softmax(-1)
-    keys = scene.k.float() - middle.transpose(1, 2)
-    apart_q = likeness(scene.cut.q, scene.q.float()) < config.trust
-    apart_k = likeness(scene.cut.k, keys) < config.trust
+    apart_q = likeness(scene.cut.q, scene.q) < config.trust
+    apart_k = likeness(scene.cut.k, scene.k, middle) < config.trust
     share = logits.masked_fill(apart_k[:, :, None], float("-inf")).softmax(-1)
     return share.masked_fill(apart_q[..., None] | apart_k[:, :, None], float("inf"))
 
 
-def likeness(side: Side, x: torch.Tensor) -> torch.Tensor:
+def likeness(side: Side, x: torch.Tensor, middle: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean cosine of all pairs of tokens within each grid unit, float32 [B, H, units].
 
-    The mean of the Gram matrix of unit vectors is the squared length of their mean.
+    `middle` float32 [B, H, 1, D] is subtracted from the tokens. The mean of the Gram matrix of unit vectors is the
+    squared length of their mean.
     """
-    return grid_means(side, torch.nn.functional.normalize(x, dim=-1)).square().sum(-1)
+    return grid_means(side.without_means(), x, middle, "direction").square().sum(-1)
 
 
-def grid_means(side: Side, x: torch.Tensor) -> torch.Tensor:
-    """Average the tokens of each grid unit, [B, S, H, D] -> float32 [B, H, units, D]; empty units give 0."""
+def grid_means(side: Side, x: torch.Tensor, centre: torch.Tensor | None = None, form: Form = "plain") -> torch.Tensor:
+    """Average the tokens of each grid unit, [B, S, H, D] -> float32 [B, H, units, D]; empty units give 0.
+
+    `centre` float32 [B, H, units on a grid|1, D] and `form` as in `unit_means`.
+    """
     if side.means is not None:
         return side.means
-    return unit_means(x, side.slots, _bounds(side))[:, :, side.grid]
+    if side.grid_slots is not None:
+        return unit_means(x, side.grid_slots, side.per * side.block, centre=centre, form=form)
+    if centre is not None and centre.shape[2] > 1:  # units of text lie behind those on a grid
+        centre = torch.nn.functional.pad(centre, (0, 0, 0, side.units - centre.shape[2]))
+    return side.on_grid(unit_means(x, side.slots, side.bounds, centre=centre, form=form), 2)
+
+
+def _both_means(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the means of queries and of keys, from one reading of the order where both lie alike."""
+    q, k = scene.cut.q, scene.cut.k
+    if q.grid_slots is None or k.grid_slots is None or q.per * q.block != k.per * k.block:
+        return grid_means(q, scene.q), grid_means(k, scene.k)
+    return unit_means_of_two(scene.q, scene.k, q.grid_slots, q.per * q.block)
 
 
 def grid_weights(side: Side) -> torch.Tensor:
     """Return the tokens of each grid unit, float32 [B|1, H|1, units]."""
-    return side.weights[..., side.grid]
-
-
-def _bounds(side: Side) -> int | torch.Tensor:
-    """Return the slots of every unit, or the first of each and the end, int64 [B|1, H|1, units + 1]."""
-    if side.per:
-        return side.per * side.block
-    units = torch.arange(side.units + 1, device=side.owner.device).expand(*side.owner.shape[:2], -1)
-    return torch.searchsorted(side.owner.contiguous(), units.contiguous()) * side.block
+    return side.grid_weights
 
 
 def in_slots(side: Side, x: torch.Tensor) -> torch.Tensor:
@@ -145,11 +156,9 @@ def subtiles(scene: Scene, config: SubtileScore) -> torch.Tensor:
     DFSAttn (ICML 2026) with 16 tokens along a Hilbert curve. There a ragged last piece is averaged with
     zeros; here a piece counts by its real tokens.
     """
-    q, q_tokens = pieces(scene.tiling, scene.q, config.tokens)
-    k, k_tokens = pieces(scene.tiling, scene.k, config.tokens)
-    means_q = q.sum(-2) / q_tokens.clamp(min=1)[..., None]
-    means_k = k.sum(-2) / k_tokens.clamp(min=1)[..., None]
-    return _summed_softmax(means_q, means_k, q_tokens, k_tokens, scene.scale, len(scene.cut.q.grid))
+    runs = runs_of(scene.tiling, config.tokens, scene.q.device)
+    means_q, means_k = unit_means_of_two(scene.q, scene.k, runs.slots[None, None], runs.length)
+    return _summed_softmax(means_q, means_k, runs.tokens, scene.scale, len(scene.cut.q.grid))
 
 
 def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
@@ -158,46 +167,72 @@ def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
     XAttention, Xu et al. 2025, arXiv 2503.16428: queries in reversed order against keys in order, inside each run of
     `stride` tokens. Where a run is ragged, its mean stands for the missing tokens and it counts by its real ones.
     """
-    stride = config.stride
-    q, q_tokens = pieces(scene.tiling, scene.q, stride)
-    k, k_tokens = pieces(scene.tiling, scene.k, stride)
-    flat_q, flat_k = _filled(q, q_tokens).flip(-2).flatten(-2), _filled(k, k_tokens).flatten(-2)
-    return _summed_softmax(flat_q, flat_k, q_tokens, k_tokens, scene.scale / stride, len(scene.cut.q.grid))
+    runs = runs_of(scene.tiling, config.stride, scene.q.device)
+    q, k = (_filled(_laid(runs, x), runs) for x in (scene.q, scene.k))
+    flat_q, flat_k = q.flip(-2).flatten(-2), k.flatten(-2)
+    return _summed_softmax(flat_q, flat_k, runs.tokens, scene.scale / config.stride, len(scene.cut.q.grid))
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs of `length` slots of the grid units: int32 `slots`, int64 `at` without holes, `hole`s [runs, length, 1].
+
+    `tokens` float32 [runs] are counted; `holes` says whether there is any hole.
+    """
+
+    length: int
+    slots: torch.Tensor
+    at: torch.Tensor
+    hole: torch.Tensor
+    tokens: torch.Tensor
+    holes: bool
+
+
+@lru_cache(maxsize=64)
+def runs_of(tiling: Tiling, length: int, device: torch.device) -> Runs:
+    """Cut the grid units into runs of slots, at most a unit long; made once a device."""
+    length = min(length, tiling.unit)
+    slots = torch.from_numpy(tiling.slots.reshape(tiling.units, -1)[tiling.grid].reshape(-1)).to(device)
+    hole = (slots < 0).view(-1, length, 1)
+    tokens = (~hole).sum((1, 2)).float()
+    return Runs(length, slots, slots.clamp(min=0).long(), hole, tokens, bool((tiling.tokens < tiling.unit).any()))
 
 
 def pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut the grid units into runs of slots, float32 [B, H, runs, length, D] (0 in holes), and count their tokens."""
-    uploaded = tiling.on(x.device)
-    length = min(length, tiling.unit)
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units].view(-1, length)
-    picked = x[:, slots.clamp(min=0).long().flatten()].transpose(1, 2).unflatten(2, (-1, length)).float()
-    return picked.masked_fill((slots < 0)[..., None], 0), (slots >= 0).sum(-1).float()
+    runs = runs_of(tiling, length, x.device)
+    return _laid(runs, x).float(), runs.tokens
 
 
-def _filled(pieces: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Put each run's mean in its holes (holes lie at the end of a run)."""
-    mean = pieces.sum(-2, keepdim=True) / tokens.clamp(min=1)[:, None, None]
-    hole = torch.arange(pieces.shape[-2], device=pieces.device) >= tokens[:, None]
-    return torch.where(hole[..., None], mean, pieces)
+def _laid(runs: Runs, x: torch.Tensor) -> torch.Tensor:
+    """Lay [B, S, H, D] into runs of slots, [B, H, runs, length, D] as operands of a product, 0 in holes."""
+    picked = rows.operand(x[:, runs.at].transpose(1, 2).unflatten(2, (-1, runs.length)))
+    return picked.masked_fill(runs.hole, 0) if runs.holes else picked
 
 
-def _summed_softmax(
-    q: torch.Tensor, k: torch.Tensor, q_tokens: torch.Tensor, k_tokens: torch.Tensor, scale: float, units: int
-) -> torch.Tensor:
+def _filled(pieces: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """Put each run's mean in its holes."""
+    if not runs.holes:
+        return pieces
+    mean = pieces.sum(-2, keepdim=True, dtype=torch.float32) / runs.tokens.clamp(min=1)[:, None, None]
+    return torch.where(runs.hole, mean.to(pieces.dtype), pieces)
+
+
+def _summed_softmax(q: torch.Tensor, k: torch.Tensor, tokens: torch.Tensor, scale: float, units: int) -> torch.Tensor:
     """Softmax the products of runs, a key run counted by its tokens, and average to units; a few units at a time.
 
     `q`, `k` [B, H, runs, C], `tokens` [runs], as many runs in each of `units`; float32 [B, H, units, units] out.
     """
     b, h, runs, _ = q.shape
     each = runs // units
-    weigh = k_tokens.log()
+    weigh = tokens.log()
     out = []
     for first in range(0, units, max(1, BYTES // (4 * b * h * each * runs))):
-        rows = slice(first * each, (first + max(1, BYTES // (4 * b * h * each * runs))) * each)
-        share = (q[:, :, rows] @ k.mT * scale + weigh).softmax(-1)
-        share = share.unflatten(-1, (units, each)).sum(-1) * q_tokens[rows][:, None]
+        part = slice(first * each, (first + max(1, BYTES // (4 * b * h * each * runs))) * each)
+        share = (rows.product(q[:, :, part], k.mT) * scale + weigh).softmax(-1)
+        share = share.unflatten(-1, (units, each)).sum(-1) * tokens[part][:, None]
         share = share.unflatten(2, (-1, each)).sum(3)
-        out.append(share / q_tokens[rows].view(-1, each).sum(-1)[:, None])
+        out.append(share / tokens[part].view(-1, each).sum(-1)[:, None])
     return torch.cat(out, 2)
 
 
@@ -221,18 +256,10 @@ def mass(scene: Scene) -> torch.Tensor:
 
     AdaSpa, Xia et al. 2025, arXiv 2502.21079, which finds it in two passes with a cached log-sum-exp.
     """
-    uploaded, length = scene.tiling.on(scene.q.device), scene.k.shape[1]
-    unit = scene.cut.k.unit_of_token(length)[0, 0]
-    gather = torch.zeros(length, scene.tiling.units, device=unit.device).scatter_(1, unit[:, None], 1.0)
-    gather = gather[:, uploaded.grid_units]
-
-    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        if scene.bias is not None:
-            logits = logits + scene.bias[:, :, None, None]
-        share = logits.softmax(-1) @ gather
-        return (share * real[..., None]).sum(3) / real.sum(-1)[:, None]
-
-    return torch.cat([part(*each) for each in products(scene, scene.q, scene.k, scene.scale)], 2)
+    tiling, device = scene.tiling, scene.q.device
+    asking = runs_of(tiling, tiling.unit, device).slots
+    got = block_mass(scene.q, scene.k, asking, tiling.on(device).slots, tiling.unit, scene.scale, scene.bias)
+    return scene.cut.k.on_grid(got, 3)
 
 
 def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
@@ -241,19 +268,13 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
     Double Sparsity, Yang et al. 2024, arXiv 2408.07092: channels ranked by the mean of |q| |k| over tokens, in each
     head; there ranked offline and for single tokens, here at each decision and for units.
     """
-    uploaded, tiling = scene.tiling.on(scene.q.device), scene.tiling
+    tiling, device = scene.tiling, scene.q.device
     kept = max(round(config.share * scene.q.shape[-1]), 1)
     weight = (scene.q.float() * scene.k.float()).abs().mean(1)  # [B, H, D]
     best = weight.topk(kept, dim=-1).indices[:, None]
     q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units].long()
-    hole = slots < 0
-
-    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        logits = logits.masked_fill(real[..., None] == 0, float("-inf")).amax(3)
-        return logits[..., slots.clamp(min=0)].masked_fill(hole, float("-inf")).amax(-1).softmax(-1)
-
-    return torch.cat([part(*each) for each in products(scene, q, k, kept**-0.5)], 2)
+    slots = runs_of(tiling, tiling.unit, device).slots
+    return block_max(q, k, slots, slots, tiling.unit, kept**-0.5).softmax(-1)
 
 
 def products(
@@ -266,7 +287,7 @@ def products(
     uploaded, tiling = scene.tiling.on(q.device), scene.tiling
     slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
     b, s, h, _ = k.shape
-    keys = k.permute(0, 2, 3, 1).float()
+    keys = rows.operand(k.permute(0, 2, 3, 1))
     for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
-        queries = q[:, part.clamp(min=0).long().flatten()].transpose(1, 2).float()
-        yield (queries @ keys * scale).unflatten(2, part.shape), (part >= 0).float()
+        queries = rows.operand(q[:, part.clamp(min=0).long().flatten()].transpose(1, 2))
+        yield (rows.product(queries, keys) * scale).unflatten(2, part.shape), (part >= 0).float()

@@ -10,24 +10,10 @@ from __future__ import annotations
 
 import torch
 
-
-def _prefer_kept(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Rank kept and undecidable pairs above all others so that they count against the budget first."""
-    unsure = ~torch.isfinite(scores)
-    return scores.masked_fill(keep | unsure, float("inf"))
-
-
-def _fill_budget(ranked: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor | float) -> torch.Tensor:
-    """Take entries of the last axis, best first, while at least half of each still fits into the budget."""
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    spent = cost.expand_as(ranked).gather(-1, order)
-    taken = spent.cumsum(-1) - spent / 2 <= budget
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, taken)
-
-
-def _best(ranked: torch.Tensor) -> torch.Tensor:
-    """Mark the best pair of each row."""
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, ranked.argmax(-1, keepdim=True), True)
+from ..kernels.budget import fill_heads, fill_rows
+from ..kernels.budget import reference as budget_of
+from ..kernels.top_mass import reference as mass_of
+from ..kernels.top_mass import top_mass
 
 
 def within(score: torch.Tensor, keep: torch.Tensor, radius: int) -> torch.Tensor:
@@ -43,27 +29,23 @@ def top_k(
     `spread`: the heads whose best pairs hold more than 0.8 of the score, at most half of all, get half the share, as
     many of those that hold least get half as much again (AdaSpa, Xia et al. 2025).
     """
-    ranked, cost = _prefer_kept(score, keep), cols[..., None, :]
-    whole = cost.sum(-1, keepdim=True)
     if not spread:
-        taken = _fill_budget(ranked, cost, share * whole)
-    else:
-        held = _fill_budget(ranked, cost, share * whole)
-        shares = _spread_over_heads(score, held, share)
-        taken = _fill_budget(ranked, cost, shares * whole)
-    return taken | _best(ranked) | keep | ~torch.isfinite(score)
+        return fill_rows(score, keep, cols, float(share))
+    cost = cols[..., None, :]
+    whole = cost.sum(-1, keepdim=True)
+    held = budget_of.fill(budget_of.prefer_kept(score, keep), cost, share * whole)
+    shares = _spread_over_heads(score, held, share)
+    return fill_rows(score, keep, cols, shares * whole)
 
 
 def fill(score: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor | float) -> torch.Tensor:
     """Take entries of the last axis, best first, while at least half of each still fits, and the best one always."""
-    return _fill_budget(score, cost, budget) | _best(score)
+    return budget_of.fill(score, cost, budget) | budget_of.best(score)
 
 
 def within_budget(score: torch.Tensor, keep: torch.Tensor, cols: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
     """Take in each row the best pairs until they cover its own budget of key tokens, [B, H, rows, 1]."""
-    ranked = _prefer_kept(score, keep)
-    taken = _fill_budget(ranked, cols[..., None, :], budget)
-    return taken | _best(ranked) | keep | ~torch.isfinite(score)
+    return fill_rows(score, keep, cols, budget)
 
 
 def _spread_over_heads(score: torch.Tensor, taken: torch.Tensor, share: float) -> torch.Tensor:
@@ -85,17 +67,7 @@ def percentile(
 
     DraftAttention, Shen et al. 2025. There a row may end up empty; here its best pair is always taken.
     """
-    ranked = _prefer_kept(score, keep)
-    taken = _fill_head(ranked, rows, cols, share)
-    best = _best(ranked) & ~taken.any(-1, keepdim=True)
-    return taken | best | keep | ~torch.isfinite(score)
-
-
-def _fill_head(ranked: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, share: float) -> torch.Tensor:
-    """Take in each head the best entries over all its rows until they cover `share` of the pairs of tokens."""
-    pairs = (rows[..., :, None] * cols[..., None, :]).flatten(-2)
-    budget = share * pairs.sum(-1, keepdim=True)
-    return _fill_budget(ranked.flatten(-2), pairs, budget).view_as(ranked)
+    return fill_heads(score, keep, rows, cols, float(share))
 
 
 def top_p(score: torch.Tensor, keep: torch.Tensor, p: float, least: float | torch.Tensor = 0.0) -> torch.Tensor:
@@ -103,10 +75,7 @@ def top_p(score: torch.Tensor, keep: torch.Tensor, p: float, least: float | torc
 
     At least a share `least` of the columns is taken (Jenga, Zhang et al. 2025; Sparse VideoGen 2, Yang et al. 2025).
     """
-    order, before = _mass_before(score)
-    taken = (before < p) | _first(before, least)
-    mask = torch.zeros_like(taken).scatter_(-1, order, taken)
-    return mask | keep | ~torch.isfinite(score)
+    return top_mass(score, keep, p, least)
 
 
 def top_p_of_density(
@@ -121,29 +90,13 @@ def top_p_of_density(
 
     Rows of concentrated score then take few pairs and flat ones many, as under top-p, but the cost is known.
     """
-    order, before = _mass_before(score)
-    before = before.masked_fill(_first(before, least), -1.0)
-    rank = torch.zeros_like(before).scatter_(-1, order, -before)
-    ranked = rank.masked_fill(keep | ~torch.isfinite(score), float("inf"))
-    taken = _fill_head(ranked, rows, cols, share)
-    floor = torch.zeros_like(taken).scatter_(-1, order, _first(before, least))
-    return taken | floor | _best(ranked) | keep | ~torch.isfinite(score)
-
-
-def _mass_before(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's columns, best first, and the share of the row's score that lies before each of them."""
-    mass = torch.where(torch.isfinite(score), score, 0).clamp(min=0)
-    mass = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
-    order = mass.argsort(dim=-1, descending=True, stable=True)
-    ordered = mass.gather(-1, order)
-    return order, ordered.cumsum(-1) - ordered
-
-
-def _first(ordered: torch.Tensor, least: float | torch.Tensor) -> torch.Tensor:
-    """Mark the first `least` of the columns, rounded down."""
-    share = least * ordered.shape[-1]
-    count = share.long() if isinstance(share, torch.Tensor) else int(share)
-    return (torch.arange(ordered.shape[-1], device=ordered.device) < count).expand_as(ordered)
+    order, before = mass_of.mass_before(score)
+    first = mass_of.first(before, least)
+    rank = torch.zeros_like(before).scatter_(-1, order, -before.masked_fill(first, -1.0))
+    keep = keep | ~torch.isfinite(score)
+    floor = torch.zeros_like(first, dtype=torch.bool).scatter_(-1, order, first)
+    best = budget_of.best(rank.masked_fill(keep, float("inf")))
+    return fill_heads(rank, keep, rows, cols, float(share)) | floor | best
 
 
 def threshold(score: torch.Tensor, keep: torch.Tensor, above: float) -> torch.Tensor:
@@ -152,7 +105,7 @@ def threshold(score: torch.Tensor, keep: torch.Tensor, above: float) -> torch.Te
     SALE, arXiv 2505.24179, where no row is empty because each sees the sinks and its own surroundings.
     """
     taken = (score > above) | keep | ~torch.isfinite(score)
-    return taken | (_best(score) & ~taken.any(-1, keepdim=True))
+    return taken | (budget_of.best(score) & ~taken.any(-1, keepdim=True))
 
 
 def cumulative(score: torch.Tensor, keep: torch.Tensor, p: float, rescale: bool) -> torch.Tensor:
@@ -166,6 +119,6 @@ def cumulative(score: torch.Tensor, keep: torch.Tensor, p: float, rescale: bool)
         low = score.masked_fill(~finite, float("inf")).amin(-1, keepdim=True)
         high = score.masked_fill(~finite, float("-inf")).amax(-1, keepdim=True)
         score = (score - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
-    order, before = _mass_before(score.flatten(-2))
+    order, before = mass_of.mass_before(score.flatten(-2))
     mask = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before < p).view_as(score)
-    return mask | _best(torch.where(finite, score, 0)) | keep | ~finite
+    return mask | budget_of.best(torch.where(finite, score, 0)) | keep | ~finite

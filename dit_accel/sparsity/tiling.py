@@ -89,7 +89,9 @@ def _side(tiling: Tiling, block: int, device: torch.device) -> Side:
         blocks = -(-tiling.layout.length // block)
         tokens, owner, slots = tokens[:blocks], owner[:blocks], slots[: blocks * block]
     whole = bool(((tokens == 0) | (tokens == block)).all())
-    grid = torch.from_numpy(tiling.grid.nonzero()[0]).to(device)
+    on_grid = tiling.grid.nonzero()[0]
+    span = (int(on_grid[0]), int(on_grid[-1]) + 1)
+    grid = torch.from_numpy(on_grid).to(device)
     return Side(
         block=block,
         units=tiling.units,
@@ -100,6 +102,7 @@ def _side(tiling: Tiling, block: int, device: torch.device) -> Side:
         identity=tiling.identity,
         whole=whole,
         per=tiling.unit // block,
+        span=span if span[1] - span[0] == len(on_grid) else None,
     )
 
 

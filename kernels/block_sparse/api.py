@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
+
 from .op import traced
 from .problem import Precision, Predicate, Problem
 
@@ -30,6 +32,8 @@ def block_sparse_attention(
     key_bias: Tensor | None = None,
     predicate: Predicate | None = None,
     scale: float | None = None,
+    every_query: bool = False,
+    pack: bool = True,
     precision: Precision = "as given",
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -56,6 +60,10 @@ def block_sparse_attention(
             -inf, which masks the key. Indexed by original token.
         predicate: which pairs of the partial blocks may attend.
         scale: factor of the logits, positive; None is D ** -0.5.
+        every_query: says that each query lies in a slot of `q_order` (not checked), so that nothing needs to be
+            filled in for those that lie in none.
+        pack: whether keys and values may be copied into slot order first, which gains where each is read more than a
+            few times.
         precision: "int8" rounds queries and keys to int8, the keys of a block on one grid (see `quantised.py`); on
             CUDA for fp16 and bf16, elsewhere computed on the rounded numbers.
         backend: None takes the first that can run: "cpu" on a CPU; Triton on CUDA; "flex", which is torch's
@@ -73,7 +81,7 @@ def block_sparse_attention(
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
-    order = (full_count, q_order, k_order, key_bias, predicate, scale, precision)
+    order = (full_count, q_order, k_order, key_bias, predicate, scale, every_query, pack, precision)
     lists = (q, k, v, index, count, block_q, block_k, *order)
     if torch.compiler.is_compiling():
         return traced(*lists, backend)
@@ -154,7 +162,7 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, pre
 def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     q, precision = problem.q, problem.precision
     tried: dict[Backend, list[str]] = {}
-    for name in (backend,) if backend is not None else automatic(q.device, precision):
+    for name in (backend,) if backend is not None else _in_turn(q, precision):
         reasons = unsupported_reasons(name, device=q.device, dtype=q.dtype, head_dim=q.shape[3], precision=precision)
         if not reasons:
             return name
@@ -162,6 +170,14 @@ def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     what = f"precision {precision!r}" if backend is None else f"backend {backend!r}"
     why = "; ".join(reason for reasons in tried.values() for reason in reasons)
     raise RuntimeError(f"{what} cannot run q {_shown(q)} on {q.device}: {why}")
+
+
+def _in_turn(q: Tensor, precision: Precision) -> tuple[Backend, ...]:
+    """What is automatic on q's device, with Triton first or left out where that is preferred for now."""
+    names = automatic(q.device, precision)
+    if wants_triton(q):
+        return names if "triton" in names else ("triton", *names)
+    return tuple(name for name in names if name != "triton") or names
 
 
 def automatic(device: torch.device, precision: Precision = "as given") -> tuple[Backend, ...]:
@@ -197,6 +213,8 @@ def _checked(
     key_bias: Tensor | None,
     predicate: Predicate | None,
     scale: float | None,
+    every_query: bool = False,
+    pack: bool = True,
     precision: Precision = "as given",
 ) -> Problem:
     _check_qkv(q, k, v)
@@ -230,7 +248,7 @@ def _checked(
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"scale is {scale}; expected a positive finite number")
-    order = (full_count, q_order, k_order, key_bias, predicate, factor, precision)
+    order = (full_count, q_order, k_order, key_bias, predicate, factor, every_query, pack, precision)
     return Problem(q, k, v, index, count, block_q, block_k, *order)
 
 

@@ -16,7 +16,7 @@ from .problem import Predicate
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, int block_q, int block_k, Tensor? full_count, "
     "Tensor? q_order, Tensor? k_order, Tensor? key_bias, bool all_full, str kind, int[] radius, Tensor? q_coords, "
-    "Tensor? k_coords, float? scale, str precision, str? backend) -> (Tensor, Tensor)",
+    "Tensor? k_coords, float? scale, bool every_query, bool pack, str precision, str? backend) -> (Tensor, Tensor)",
 )
 def block_sparse_op(
     q: Tensor,
@@ -36,6 +36,8 @@ def block_sparse_op(
     q_coords: Tensor | None,
     k_coords: Tensor | None,
     scale: float | None,
+    every_query: bool,
+    pack: bool,
     precision: Any,
     backend: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +63,8 @@ def block_sparse_op(
         key_bias=key_bias,
         predicate=predicate,
         scale=scale,
+        every_query=every_query,
+        pack=pack,
         precision=precision,
         backend=backend,
     )
@@ -87,6 +91,8 @@ def traced(
     key_bias: Tensor | None,
     predicate: Predicate | None,
     scale: float | None,
+    every_query: bool,
+    pack: bool,
     precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
@@ -96,4 +102,5 @@ def traced(
         shape = (predicate.kind, list(predicate.radius), predicate.q_coords, predicate.k_coords)
     all_full = full_count is count
     lists = (None if all_full else full_count, q_order, k_order, key_bias, all_full)
-    return block_sparse_op(q, k, v, index, count, block_q, block_k, *lists, *shape, scale, precision, backend)
+    how = (scale, every_query, pack, precision, backend)
+    return block_sparse_op(q, k, v, index, count, block_q, block_k, *lists, *shape, *how)

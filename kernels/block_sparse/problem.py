@@ -45,6 +45,8 @@ class Problem:
     key_bias: Tensor | None
     predicate: Predicate | None
     scale: float
+    every_query: bool = False
+    pack: bool = True
     precision: Precision = "as given"
 
     @property

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.sizes import power_of_two
+
 from .problem import Problem
 from .tiles import Kind, Tile, choose
 
@@ -236,19 +238,22 @@ def _attention_kernel(
 
 @triton.jit
 def _pack_kernel(
-    x_ptr, out_ptr, order_ptr, stride_b, stride_s, stride_h, stride_d, order_stride_b, order_stride_h,
+    k_ptr, v_ptr, k_out_ptr, v_out_ptr, order_ptr, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
+    v_stride_b, v_stride_s, v_stride_h, v_stride_d, order_stride_b, order_stride_h,
     slots, heads, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows of [B, S, H, D] into slot order [B, H, slots, D]; a hole becomes zeros."""
+    """Copy the rows of two tensors [B, S, H, D] into slot order [B, H, slots, D]; a hole becomes zeros."""
     h = (tl.program_id(1) % heads).to(tl.int64)
     b = (tl.program_id(1) // heads).to(tl.int64)
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tok = tl.load(order_ptr + b * order_stride_b + h * order_stride_h + slot, mask=slot < slots, other=-1)
-    x_base = x_ptr + b * stride_b + h * stride_h
-    x = _load_rows(x_base, tok, stride_s, stride_d, tok >= 0, True, D, D_PAD)
+    k = _load_rows(k_ptr + b * k_stride_b + h * k_stride_h, tok, k_stride_s, k_stride_d, tok >= 0, True, D, D_PAD)
+    v = _load_rows(v_ptr + b * v_stride_b + h * v_stride_h, tok, v_stride_s, v_stride_d, tok >= 0, True, D, D_PAD)
     d = tl.arange(0, D_PAD)
-    at = out_ptr + ((b * heads + h) * slots + slot)[:, None] * D + d[None, :]
-    tl.store(at, x, mask=(slot < slots)[:, None] & (d < D)[None, :])
+    at = ((b * heads + h) * slots + slot)[:, None] * D + d[None, :]
+    mask = (slot < slots)[:, None] & (d < D)[None, :]
+    tl.store(k_out_ptr + at, k, mask=mask)
+    tl.store(v_out_ptr + at, v, mask=mask)
 
 
 def attend(problem: Problem, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
@@ -267,9 +272,9 @@ def launch(problem: Problem, tile: Tile, out: Tensor, lse: Tensor) -> tuple[tupl
     batch, q_len, heads, dim = q.shape
     q_order = None if problem.q_order is None else problem.q_order.contiguous()
     k_order = None if problem.k_order is None else problem.k_order.contiguous()
-    packed = tile.pack and k_order is not None and _can_pack(problem)
+    packed = tile.pack and problem.pack and k_order is not None and _can_pack(problem)
     if packed:
-        k, v = _pack(k, k_order), _pack(v, k_order)
+        k, v = _pack(k, v, k_order)
     k_desc, v_desc = None, None
     if tile.tma and problem.key_bias is None and (packed or k_order is None) and _fit_tma(k, v):
         k_desc, v_desc = _descriptor(k, tile.k), _descriptor(v, tile.k)
@@ -287,7 +292,7 @@ def launch(problem: Problem, tile: Tile, out: Tensor, lse: Tensor) -> tuple[tupl
     )  # fmt: skip
     constants = {
         "D": dim,
-        "D_PAD": triton.next_power_of_2(dim),
+        "D_PAD": power_of_two(dim),
         "BLOCK_Q": problem.block_q,
         "BLOCK_K": problem.block_k,
         "TILE_Q": tile.q,
@@ -324,14 +329,17 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     batch, length, heads, dim = tensor.shape
     stride_b, stride_s, stride_h = _outer_strides(tensor)
     shape, strides = [batch, heads, length, dim], [stride_b, stride_h, stride_s, 1]
-    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, triton.next_power_of_2(dim)])
+    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, power_of_two(dim)])
 
 
 def _tile_for(problem: Problem) -> Tile:
-    q = problem.q
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (8, 0)
-    padded = triton.next_power_of_2(q.shape[3])
+    q, capability = problem.q, _capability(problem.q.device)
+    padded = power_of_two(q.shape[3])
     return choose(capability, padded, q.element_size(), problem.block_q, problem.block_k, kind_of(problem))
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def kind_of(problem: Problem) -> Kind:
@@ -349,23 +357,23 @@ def _can_pack(problem: Problem) -> bool:
     return order is not None and (order.shape[1] == 1 or problem.q.shape[2] == problem.k.shape[2])
 
 
-def _pack(x: Tensor, order: Tensor) -> Tensor:
-    """Rows in slot order, a [B, slots, H, D] view of head-major memory."""
-    batch, _, heads, dim = x.shape
+def _pack(k: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in slot order, [B, slots, H, D] views of head-major memory."""
+    batch, _, heads, dim = k.shape
     slots, rows = order.shape[2], 32
-    packed = torch.empty(batch, heads, slots, dim, dtype=x.dtype, device=x.device)
-    _pack_kernel[(triton.cdiv(slots, rows), batch * heads)](
-        x, packed, order, *x.stride(), *_list_strides(order)[:2], slots, heads,
-        D=dim, D_PAD=triton.next_power_of_2(dim), ROWS=rows, num_warps=4,
+    packed_k, packed_v = (torch.empty(batch, heads, slots, dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    _pack_kernel[(-(-slots // rows), batch * heads)](
+        k, v, packed_k, packed_v, order, *k.stride(), *v.stride(), *_list_strides(order)[:2], slots, heads,
+        D=dim, D_PAD=power_of_two(dim), ROWS=rows, num_warps=4,
     )  # fmt: skip
-    return packed.transpose(1, 2)
+    return packed_k.transpose(1, 2), packed_v.transpose(1, 2)
 
 
 def _outputs(problem: Problem) -> tuple[Tensor, Tensor]:
     """Room for the results; already filled where an order may leave queries out."""
     q = problem.q
     batch, q_len, heads, _ = q.shape
-    if problem.q_order is None:
+    if problem.q_order is None or problem.every_query:
         return (
             torch.empty(q.shape, dtype=q.dtype, device=q.device),
             torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device),

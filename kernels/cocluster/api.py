@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
 from dit_accel.kernels.kmeans.api import check, first_centroids  # each half step is that operation's, another distance
 from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
 
@@ -51,7 +52,7 @@ def cocluster(
         first.append(first_centroids(x, count, begin))
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if q.is_cuda else "reference")
+    wanted = backend or ("triton" if wants_triton(q) else "reference")
     reasons = [*unsupported_reasons(wanted, q), *unsupported_reasons(wanted, k)]
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot cluster q {list(q.shape)}: {'; '.join(reasons)}")

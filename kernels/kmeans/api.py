@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
 from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons  # its update is that operation
 
 
@@ -36,7 +37,7 @@ def kmeans(
     check(x, clusters, iterations, start)
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if x.is_cuda else "reference")
+    wanted = backend or ("triton" if wants_triton(x) else "reference")
     reasons = unsupported_reasons(wanted, x)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot cluster x {list(x.shape)}: {'; '.join(reasons)}")

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.sizes import power_of_two
 from dit_accel.kernels.unit_means.triton import means, runs_on
 
 __all__ = ["assign", "lloyd", "runs_on"]
@@ -99,7 +100,7 @@ def launch(
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the assignment for one call."""
     b, h, n, d = x.shape
-    padded = max(triton.next_power_of_2(d), 16)
+    padded = power_of_two(d, 16)
     tile = tile or choose(padded, x.element_size())
     # whole tiles of centroids, so that the loop loads without masks; one that is none is infinitely long
     clusters = -(-centroids.shape[2] // tile.clusters) * tile.clusters

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
+
 from .op import merge_op
 
 Backend = Literal["triton", "reference"]
@@ -40,7 +42,7 @@ def merge_attention(
     _check(outs, lses)
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if outs[0].is_cuda else "reference")
+    wanted = backend or ("triton" if wants_triton(outs[0]) else "reference")
     reasons = unsupported_reasons(wanted, outs)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot merge: {'; '.join(reasons)}")

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.sizes import power_of_two
+
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -67,11 +69,11 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     batch, length, heads, dim = outs[0].shape
     out = torch.empty(outs[0].shape, dtype=outs[0].dtype, device=outs[0].device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=out.device)
-    padded, rows = triton.next_power_of_2(dim), batch * length * heads
+    padded, rows = power_of_two(dim), batch * length * heads
     per_program = max(1, 4096 // padded)
     branches = [[x.contiguous() for x in xs] + [None] * (4 - len(xs)) for xs in (outs, lses)]
     with torch.cuda.device_of(out):
-        _merge_kernel[(triton.cdiv(rows, per_program),)](
+        _merge_kernel[(-(-rows // per_program),)](
             *branches[0], *branches[1], out, lse, rows, length, heads,
             D=dim, D_PAD=padded, ROWS=per_program, num_warps=4,
         )  # fmt: skip

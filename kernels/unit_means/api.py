@@ -7,10 +7,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.choice import wants_triton
+
 Backend = Literal["triton", "reference"]
+Form = Literal["plain", "direction", "apart"]
 
 
-def unit_means(x: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backend | None = None) -> Tensor:
+def unit_means(
+    x: Tensor,
+    slots: Tensor,
+    bounds: int | Tensor,
+    *,
+    centre: Tensor | None = None,
+    form: Form = "plain",
+    backend: Backend | None = None,
+) -> Tensor:
     """Average the tokens of each unit, where an order says which tokens those are.
 
     Args:
@@ -19,6 +30,9 @@ def unit_means(x: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backe
             [0, S), which is not checked here: it would stall the device.
         bounds: how many slots each unit has, the last one perhaps fewer; or, where units differ, integers
             [B|1, H|1, units + 1] that do not fall: unit u has the slots from `bounds[u]` up to `bounds[u + 1]`.
+        centre: float32 [B|1, H|1, units|1, D], subtracted from each token of a unit first.
+        form: what is averaged of each token: itself, its "direction" (it over its length, or over 1e-12 where it is
+            shorter), or how far it lies "apart" from the centre (absolute values).
         backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
 
     Returns:
@@ -34,17 +48,58 @@ def unit_means(x: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backe
     of different lengths in no fixed order; Triton always gives the same result.
     """
     _check(x, slots, bounds)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if x.is_cuda else "reference")
-    reasons = unsupported_reasons(wanted, x)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot average x {list(x.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons and x.numel() and slots.numel():
+    _check_form(x, slots, bounds, centre, form)
+    if _uses_triton(x, slots, backend):
         from .triton import means
     else:
         from .reference import means
-    return means(x, slots, bounds).contiguous()
+    return means(x, slots, bounds, centre, form).contiguous()
+
+
+def unit_means_of_two(
+    x: Tensor, y: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Average the tokens of each unit in two tensors of one shape and dtype, such as queries and keys, in one launch.
+
+    As `unit_means` of each of them, bit for bit.
+    """
+    _check(x, slots, bounds)
+    _check(y, slots, bounds)
+    if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
+        raise ValueError(f"x is {list(x.shape)} {x.dtype}, y {list(y.shape)} {y.dtype}; expected them alike")
+    if _uses_triton(x, slots, backend):
+        from .triton import means
+
+        both = means(x, slots, bounds, y=y)
+        return both[0], both[1]
+    from .reference import means
+
+    return means(x, slots, bounds).contiguous(), means(y, slots, bounds).contiguous()
+
+
+def _uses_triton(x: Tensor, slots: Tensor, backend: Backend | None) -> bool:
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    wanted = backend or ("triton" if wants_triton(x) else "reference")
+    reasons = unsupported_reasons(wanted, x)
+    if backend is not None and reasons:
+        raise RuntimeError(f"backend {backend!r} cannot average x {list(x.shape)}: {'; '.join(reasons)}")
+    return wanted == "triton" and not reasons and x.numel() > 0 and slots.numel() > 0
+
+
+def _check_form(x: Tensor, slots: Tensor, bounds: int | Tensor, centre: Tensor | None, form: str) -> None:
+    if form not in ("plain", "direction", "apart"):
+        raise ValueError(f"form is {form!r}; known are 'plain', 'direction', 'apart'")
+    if centre is None:
+        return
+    units = -(-slots.shape[-1] // bounds) if isinstance(bounds, int) else bounds.shape[-1] - 1
+    wanted = (x.shape[0], x.shape[2], units, x.shape[3])
+    fits = centre.dim() == 4 and all(n in (1, m) for n, m in zip(centre.shape[:3], wanted[:3], strict=True))
+    if not fits or centre.shape[3] != wanted[3] or centre.dtype != torch.float32 or centre.device != x.device:
+        raise ValueError(
+            f"centre is {list(centre.shape)} {centre.dtype} on {centre.device}; expected float32 "
+            f"[{wanted[0]}|1, {wanted[1]}|1, {units}|1, {wanted[3]}] on {x.device}"
+        )
 
 
 def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:

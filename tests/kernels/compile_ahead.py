@@ -22,19 +22,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.block_lists import triton as listing
+from dit_accel.kernels.block_mass import triton as weighing
+from dit_accel.kernels.block_max import triton as maximal
 from dit_accel.kernels.block_sparse import quantised_pack as packing
 from dit_accel.kernels.block_sparse import quantised_triton as rounded
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
+from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
+from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
-TYPES = {torch.int8: "i8", BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.int8: "i8", torch.uint8: "u8", BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
 
 # name: head dim, dtype, query block, key block, features, length
 VARIANTS = {
@@ -80,10 +88,15 @@ def compile_attention(capability: int, problem: Problem, tile=None) -> triton.co
         blocks = (problem.block_q, problem.block_k)
         kind = attention.kind_of(problem)
         tile = choose(divmod(capability, 10), padded, q.element_size(), *blocks, kind)
-    # the copy itself needs a GPU; the launch only asks for its shape
-    attention._pack = lambda x, order: x[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
+    attention._pack = shaped_as_packed
     _, args, constants = attention.launch(problem, tile, out, lse)
     return compile_launch(attention._attention_kernel, capability, args, constants)
+
+
+def shaped_as_packed(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the copy would return: it needs a GPU, and a launch only asks for its shape."""
+    packed = k[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
+    return packed, packed
 
 
 def compile_rounded(capability: int, name: str, pack: bool = False) -> triton.compiler.CompiledKernel:
@@ -101,7 +114,7 @@ def compile_rounded(capability: int, name: str, pack: bool = False) -> triton.co
 
 def compile_pack(capability: int) -> triton.compiler.CompiledKernel:
     x, order = torch.zeros(1, 16, 64, 128, dtype=BF16), torch.zeros(1, 1, 64, dtype=torch.int32)
-    args = (x, x, order, *x.stride(), 0, 0, 64, 16)
+    args = (x, x, x, x, order, *x.stride(), *x.stride(), 0, 0, 64, 16)
     return compile_launch(attention._pack_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
 
 
@@ -111,12 +124,40 @@ def compile_merge(capability: int) -> triton.compiler.CompiledKernel:
     return compile_launch(merging._merge_kernel, capability, args, {"D": 128, "D_PAD": 128, "ROWS": 32})
 
 
-def compile_means(capability: int, ragged: bool) -> triton.compiler.CompiledKernel:
-    """Equal units as a score asks for them, or those of clusters, which every head has for itself."""
+def compile_means(capability: int, ragged: bool, two: bool = False) -> triton.compiler.CompiledKernel:
+    """Equal units as a score asks for them, of one tensor or two, or those of clusters, which each head has its own."""
     x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
     slots = torch.zeros(1, 16 if ragged else 1, 1024, dtype=torch.int32)
     bounds = torch.zeros(1, 16, 9, dtype=torch.int64) if ragged else 128
-    _, args, constants = averaging.launch(x, slots, bounds, out)
+    _, args, constants = averaging.launch(x, slots, bounds, out, y=x if two else None)
+    return compile_launch(averaging._means_kernel, capability, args, constants)
+
+
+def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
+    q, slots = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1024, dtype=torch.int32)
+    tile = weighing.tile_of(128, q)[0]
+    out, lse = torch.zeros(1, 16, 1024 // tile, 8), torch.zeros(1, 16, 1024)
+    _, args, constants = weighing.launch(q, q, slots, slots, 128, 0.1, torch.zeros(1, 1, 1024), out, lse, False)
+    return compile_launch(weighing._mass_kernel, capability, args, constants)
+
+
+def compile_max(capability: int) -> triton.compiler.CompiledKernel:
+    q, slots = torch.zeros(1, 1024, 16, 32, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
+    out = torch.zeros(1, 16, 1024 // weighing.tile_of(128, q)[0], 8)
+    _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, out)
+    return compile_launch(maximal._max_kernel, capability, args, constants)
+
+
+def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
+    score, keep = torch.zeros(1, 40, 591, 591), torch.zeros(591, 591, dtype=torch.bool)
+    _, args, constants = summing.launch(score, keep, 0.9, 0.1, torch.zeros(1, 40, 591, 591, dtype=torch.bool))
+    return compile_launch(summing._mass_kernel, capability, args, constants)
+
+
+def compile_form(capability: int, form: str) -> triton.compiler.CompiledKernel:
+    x, out = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 8, 128)
+    centre = torch.zeros(1, 16, 8, 128)
+    _, args, constants = averaging.launch(x, torch.zeros(1, 1, 1024, dtype=torch.int32), 128, out, centre, form)
     return compile_launch(averaging._means_kernel, capability, args, constants)
 
 
@@ -124,6 +165,29 @@ def compile_assign(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     x, centroids = torch.zeros(1, 16, 1000, dim, dtype=dtype), torch.zeros(1, 16, 100, dim)
     _, args, constants = clustering.launch(x, centroids, torch.zeros(1, 16, 1000, dtype=torch.int32))
     return compile_launch(clustering._assign_kernel, capability, args, constants)
+
+
+def compile_lists(capability: int, bits: bool) -> triton.compiler.CompiledKernel:
+    """A static cut, as a tile order has it, and 1183 key blocks, as Wan's 720p clips have them."""
+    units = torch.zeros(1, 40, 591, 74 if bits else 591, dtype=torch.uint8 if bits else torch.bool)
+    rows, keys = torch.zeros(1, 1, 591, dtype=torch.int64), torch.zeros(1, 1, 1183, dtype=torch.int64)
+    out = torch.zeros(1, 40, 591, 1183, dtype=torch.int32)
+    counts = torch.zeros(1, 40, 591, dtype=torch.int32)
+    made = (out, counts, counts, counts.long())
+    _, args, constants = listing.launch(units, rows, keys, rows, keys, 64, made)
+    return compile_launch(listing._lists_kernel, capability, args, constants)
+
+
+def compile_budget(capability: int, which: str) -> triton.compiler.CompiledKernel:
+    score, keep = torch.zeros(1, 40, 591, 591), torch.zeros(591, 591, dtype=torch.bool)
+    cost, out = torch.zeros(1, 1, 591), torch.zeros(1, 40, 591, 591, dtype=torch.bool)
+    if which == "rows":
+        _, args, constants = budgeting.launch_rows(score, keep, cost, 0.3, out)
+        return compile_launch(budgeting._rows_kernel, capability, args, constants)
+    found = (torch.zeros(1, 40, dtype=torch.int32), torch.zeros(1, 40), torch.zeros(1, 40, 591, dtype=torch.int64))
+    both = budgeting.launch_heads(score, keep, cost, cost, 0.3, found, out)
+    kernel, (_, args, constants) = both[which == "cut"]
+    return compile_launch(kernel, capability, args, constants)
 
 
 OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
@@ -137,7 +201,21 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "pack": compile_pack,
     "merge": compile_merge,
     "means": lambda capability: compile_means(capability, ragged=False),
+    "means-direction": lambda capability: compile_form(capability, "direction"),
+    "means-apart": lambda capability: compile_form(capability, "apart"),
+    "means-two": lambda capability: compile_means(capability, ragged=False, two=True),
     "means-ragged": lambda capability: compile_means(capability, ragged=True),
+    "lists": lambda capability: compile_lists(capability, bits=False),
+    "lists-bits": lambda capability: compile_lists(capability, bits=True),
+    "top-mass": compile_top_mass,
+    "block-max": compile_max,
+    "block-mass-64": lambda capability: compile_mass(capability, 64, BF16),
+    "block-mass-128": lambda capability: compile_mass(capability, 128, BF16),
+    "block-mass-256": lambda capability: compile_mass(capability, 256, BF16),
+    "block-mass-128-fp32": lambda capability: compile_mass(capability, 128, FP32),
+    "budget-rows": lambda capability: compile_budget(capability, "rows"),
+    "budget-limit": lambda capability: compile_budget(capability, "limit"),
+    "budget-cut": lambda capability: compile_budget(capability, "cut"),
     "assign-64": lambda capability: compile_assign(capability, 64, BF16),
     "assign-128": lambda capability: compile_assign(capability, 128, BF16),
     "assign-256": lambda capability: compile_assign(capability, 256, BF16),

@@ -48,7 +48,11 @@ def test_orders_bias_and_predicates_compile():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
-    check(compiled(str(capability), "means", "means-ragged", "assign-64", "assign-128"))
+    check(compiled(str(capability), "means-two", "assign-128", "block-mass-128", "budget-limit", "lists-bits"))
+
+
+def test_other_selection_compiles():
+    check(compiled("90", "means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass"))
 
 
 @pytest.mark.full

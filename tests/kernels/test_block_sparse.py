@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_every_way_to_load_matches_gold(case, tile, device):
 
     call = make_call(**{**CASES[case], "block_q": 64, "dtype": HALF}, device=device)
     check(call, *attend(problem_of(call), tiles()[tile]))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_every_query_in_a_slot_and_keys_left_where_they_lie(pack, device):
+    """Nothing is filled in first, so what is not written would be NaN."""
+    from dit_accel.kernels.block_sparse.triton import attend
+
+    call = make_call(**{**CASES["orders-holes"], "block_q": 64, "dtype": HALF}, device=device)
+    check(call, *attend(replace(problem_of(call), every_query=True, pack=pack), tiles()["packed"]))
 
 
 def problem_of(call):

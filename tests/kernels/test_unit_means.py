@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_gold import within_budget
 
-from dit_accel.kernels.unit_means import unit_means
+from dit_accel.kernels.unit_means import unit_means, unit_means_of_two
 
 on_both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
@@ -30,7 +30,7 @@ def call(seed, *, batch=2, heads=3, length=97, dim=40, unit=None, lists=(1, 1), 
     return x, slots, torch.cat([0 * ends, inner, ends], -1)
 
 
-def slowly(x, slots, bounds, dtype):
+def slowly(x, slots, bounds, dtype, centre=None, form="plain"):
     """The definition, token by token."""
     batch, _, heads, dim = x.shape
     if isinstance(bounds, int):
@@ -43,7 +43,12 @@ def slowly(x, slots, bounds, dtype):
             for u, (first, last) in enumerate(bounds[b, h].unfold(0, 2, 1).tolist()):
                 tokens = [t for t in slots[b, h, first:last].tolist() if t >= 0]
                 for token in tokens:
-                    out[b, h, u] += x[b, token, h].cpu().to(dtype)
+                    value = x[b, token, h].cpu().to(dtype)
+                    if centre is not None:
+                        value = value - centre.expand(batch, heads, out.shape[2], dim)[b, h, u].to(dtype)
+                    if form == "direction":
+                        value = value / max(float(value.norm()), 1e-12)
+                    out[b, h, u] += value.abs() if form == "apart" else value
                 out[b, h, u] /= max(len(tokens), 1)
     return out
 
@@ -79,6 +84,36 @@ def test_random_sizes_and_strides(seed, backend, device):
     laid = (x, x.transpose(1, 2).contiguous().transpose(1, 2), x.mT.contiguous().mT, x.repeat(1, 1, 1, 2)[..., ::2])
     strided = laid[seed % 4]
     check(strided, slots, bounds, backend, device)
+
+
+@on_both
+@pytest.mark.parametrize("units", ["one centre", "a centre each"])
+@pytest.mark.parametrize("form", ["plain", "direction", "apart"])
+@pytest.mark.parametrize("unit", [None, 16])
+def test_other_forms_of_tokens(unit, form, units, backend, device):
+    x, slots, bounds = call(11, unit=unit, lists=(2, 3), dtype=torch.bfloat16, dim=24)
+    x[:, 5] = 0  # no direction
+    count = slots.shape[-1] // 16 + 1 if unit else bounds.shape[-1] - 1
+    centre = torch.randn(2, 3, count, 24) if units == "a centre each" else torch.randn(2, 1, 1, 24)
+    centre = None if form == "direction" and unit else centre
+    moved = bounds if unit else bounds.to(device)
+    given = None if centre is None else centre.to(device)
+    out = unit_means(x.to(device), slots.to(device), moved, centre=given, form=form, backend=backend)
+    gold, eager = (slowly(x, slots, bounds, dtype, centre, form) for dtype in (torch.float64, torch.float32))
+    within_budget("mean", out, gold, eager)
+
+
+@on_both
+@pytest.mark.parametrize("unit", [None, 16])
+def test_two_tensors_are_each_for_itself(unit, backend, device):
+    x, slots, bounds = call(12, unit=unit)
+    x, slots, bounds = x.to(device), slots.to(device), bounds if unit else bounds.to(device)
+    y = (x + 1).transpose(1, 2).contiguous().transpose(1, 2)  # lies otherwise
+    both = unit_means_of_two(x, y, slots, bounds, backend=backend)
+    for one, got in zip((x, y), both, strict=True):
+        assert torch.equal(got, unit_means(one, slots, bounds, backend=backend))
+    with pytest.raises(ValueError, match="expected them alike"):
+        unit_means_of_two(x, y[:, :-1], slots, bounds, backend=backend)
 
 
 @on_both
@@ -120,6 +155,8 @@ def test_nothing_to_average(backend, device):
         ({"bounds": torch.zeros(3, dtype=torch.int32)}, ValueError, "bounds is [3]"),
         ({"bounds": 0}, ValueError, "bounds is 0"),
         ({"backend": "cuda"}, ValueError, "'cuda'; known are"),
+        ({"form": "length"}, ValueError, "form is 'length'"),
+        ({"centre": torch.zeros(2, 3, 5, 4)}, ValueError, "centre is [2, 3, 5, 4]"),
         ({"x": torch.zeros(2, 97, 3, 4, requires_grad=True)}, RuntimeError, "no backward pass"),
         ({"x": torch.zeros(2, 97, 3, 4, dtype=torch.float64), "backend": "triton"}, RuntimeError, "torch.float64 is"),
         ({"x": torch.zeros(2, 97, 3, 300), "backend": "triton"}, RuntimeError, "head dim 300"),
@@ -129,5 +166,5 @@ def test_bad_calls_say_what_was_given(changed, error, words):
     x, slots, bounds = call(0, unit=16)
     given = {"x": x, "slots": slots, "bounds": bounds, "backend": "reference", **changed}
     with pytest.raises(error) as told:
-        unit_means(given["x"], given["slots"], given["bounds"], backend=given["backend"])
+        unit_means(**given)
     assert words in str(told.value)

@@ -1,0 +1,133 @@
+"""The benchmark of planned calls: its path on tiny shapes, its counts and arithmetic, and that its checks can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_accel.eval import bench_decide, decide_calls
+from dit_accel.eval.decide_stages import DECISION, Clock, Launches, staged
+from dit_accel.kernels import choice
+from dit_accel.sparsity import selectors
+
+
+def bench(out: Path, *recipes: str) -> dict[str, Any]:
+    bench_decide.main(["--tiny", "--repeats", "1", "--out", str(out), "--commit", "abc", "--recipes", *recipes])
+    (file,) = out.glob("decide_tiny_*.json")
+    assert not list(out.glob("*.part"))
+    return json.loads(file.read_text())
+
+
+def test_recipes_are_checked_timed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench(tmp_path, "fast", "grat-b", "svg-ear", "rettention")
+    assert result["commit"] == "abc"
+    assert {"gpu", "torch", "triton", "case", "layout"} < set(result)
+    fast, grat, ear, _ = result["rows"]
+    assert {kind: times["calls"] for kind, times in fast["kinds"].items()} == {"first": 25, "kept": 25}
+    assert list(ear["kinds"]) == ["first", "again"]
+    for row in result["rows"]:
+        assert row["error"] < 1e-5
+        assert row["dense_ms"] > 0
+        spent = sum(
+            times["calls"] * sum(times["eager"][stage] for stage in DECISION) for times in row["kinds"].values()
+        )
+        calls = sum(times["calls"] for times in row["kinds"].values())
+        assert row["decision_ms"] == pytest.approx(spent / calls)
+        assert row["share"] == pytest.approx(row["decision_ms"] / row["dense_ms"])
+    assert fast["kinds"]["first"]["eager"]["score"] > 0 == fast["kinds"]["kept"]["eager"]["score"]
+    assert grat["decision_ms"] == 0
+    assert min(ear["kinds"]["again"]["eager"][stage] for stage in ("order", "correct", "kernel", "merge")) > 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("fast", "grat-b", "svg-ear", "again"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "most"),
+    [("balanced", "first", 11), ("fast", "kept", 4), ("draft", "first", 12), ("grat-b", "kept", 2)],
+)
+def test_a_planned_call_launches_little(name: str, kind: str, most: int) -> None:
+    """What a GPU is given for one call; the presets' was 87 before the kernels that decide."""
+    calls = decide_calls.Calls(decide_calls.shrunk(name), decide_calls.COUNTED, torch.device("cpu"), torch.bfloat16)
+    with bench_decide.as_on_an_h100():
+        launches = bench_decide.counted(calls, kind)
+    assert launches.by_stage["kernel"] == {"triton attention_kernel": 1}
+    assert launches.by_stage["gather"] == {"triton pack_kernel": 1}
+    assert launches.total() <= most, launches.by_stage
+
+
+def test_the_table_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_decide.main(["--count", "--recipes", "gna"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "gna" in line)
+    assert line.split("|")[1:4] == [" gna    ", " kept ", "       50 "]
+    assert line.split("|")[-2].strip() == "4"  # keys packed once, two branches, their merge
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grat-b", {"kept": 50}),
+        ("balanced", {"first": 50}),
+        ("dfs", {"first": 5, "kept": 45}),
+        ("adaspa", {"first": 1, "again": 2, "kept": 47}),
+        ("svg2", {"first": 1, "again": 49}),
+        ("tidal", {"first": 200, "kept": 1800}),
+        ("rettention", {"kept": 40}),
+    ],
+)
+def test_kinds_of_calls_in_a_run(name: str, expected: dict[str, int]) -> None:
+    assert decide_calls.uses(decide_calls.always_sparse(name)) == expected
+
+
+def test_nested_stages_count_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.eval import decide_stages
+
+    class Work:
+        def outer(self) -> None:
+            torch.zeros(2)
+            self.inner()
+            torch.zeros(2)
+
+        def inner(self) -> None:
+            torch.ones(2) + 1
+
+    monkeypatch.setattr(decide_stages, "Work", Work, raising=False)
+    where = "dit_accel.eval.decide_stages"
+    monkeypatch.setattr(decide_stages, "FUNCTIONS", {f"{where}:Work.outer": "plan", f"{where}:Work.inner": "score"})
+    seen: list[str] = []
+    with staged(seen.append):
+        Work().outer()
+    assert seen == ["plan", "score", "plan", ""]
+    launches = Launches()
+    with launches.watching():
+        Work().outer()
+        torch.empty(3).view(3)
+    assert {stage: sum(counts.values()) for stage, counts in launches.by_stage.items()} == {"plan": 2, "score": 2}
+    assert launches.total("score") == 2
+    host, device = Clock(torch.device("cpu")).run(lambda: Work().outer())
+    assert set(host) == set(device) == {"", "plan", "score"}
+
+
+def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decide_calls.run
+    monkeypatch.setattr(decide_calls, "run", lambda plan, q, k, v, *rest: right(plan, q, k, v.roll(1, 2), *rest))
+    with pytest.raises(SystemExit, match="not measured: grat-b"):
+        bench(tmp_path, "grat-b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_decision_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = selectors.fill_rows
+
+    def worst(score: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return right(score if choice._preferred.get() == "reference" else -score, *rest)
+
+    monkeypatch.setattr(selectors, "fill_rows", worst)
+    with pytest.raises(SystemExit, match="not measured: balanced"):
+        bench(tmp_path, "balanced")
+    assert "decided otherwise than by torch" in capsys.readouterr().out
