@@ -27,6 +27,7 @@ bench: $(READY)
 	$(BIN)/python -m dit_accel.eval.bench_crossover
 	$(BIN)/python -m dit_accel.eval.bench_step
 	$(BIN)/python -m dit_accel.eval.bench_fused
+	$(BIN)/python -m dit_accel.eval.bench_quantised
 	$(BIN)/python -m dit_accel.eval.bench_decide
 
 $(READY): pyproject.toml constraints.txt

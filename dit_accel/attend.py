@@ -37,7 +37,7 @@ def run(
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute a sparse plan, one kernel launch a branch, merge the branches exactly, and correct the result."""
-    given = Operands(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
+    given = Operands(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_bias, plan.precision)
     results = [branch.run(given) for branch in (*plan.branches, *plan.pooled)]
     out, lse = results[0]
     if len(results) > 1:

@@ -6,14 +6,21 @@ from functools import lru_cache
 
 import torch
 
-from .kernels.block_sparse import unsupported_reasons
+from .kernels.block_sparse import Precision, automatic, unsupported_reasons
 
 
 @lru_cache(maxsize=256)
-def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+def kernel_name(
+    device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision = "as given"
+) -> tuple[str, str]:
     """Return which backend runs sparse calls on such tensors, and why it is not the fast one ('' if it is)."""
-    if device.type != "cuda":
-        name = "cpu" if device.type == "cpu" else "reference"
-        return name, f"the Triton kernels run on CUDA devices, this is {device.type}"
-    reasons = unsupported_reasons("triton", device=device, dtype=dtype, head_dim=head_dim)
-    return ("reference", "; ".join(reasons)) if reasons else ("triton", "")
+    suffix = "" if precision == "as given" else f" {precision}"
+    if device.type == "cpu":
+        return "cpu" + suffix, "the Triton kernels run on CUDA devices, this is cpu"
+    why: list[str] = []
+    for name in automatic(device, precision):
+        reasons = unsupported_reasons(name, device=device, dtype=dtype, head_dim=head_dim, precision=precision)
+        if not reasons:
+            return name + suffix, "; ".join(why)
+        why += reasons
+    return "none" + suffix, "; ".join(why)

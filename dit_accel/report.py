@@ -181,7 +181,7 @@ class Ledger:
     @contextmanager
     def timed(self, call: AttentionCall, plan: Plan) -> Iterator[None]:
         """Record a planned call around its run."""
-        kernel, fallback = kernel_name(call.q.device, call.q.dtype, call.q.shape[-1])
+        kernel, fallback = kernel_name(call.q.device, call.q.dtype, call.q.shape[-1], plan.precision)
         if plan.note:
             self._notes[plan.note] = None
         if fallback and not plan.dense and call.q.is_cuda:

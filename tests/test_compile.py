@@ -273,9 +273,10 @@ def test_opcheck_of_the_kernels() -> None:
     bias, coords = torch.randn(2, 1, 37), torch.arange(37, dtype=torch.int32).expand(3, 37).contiguous()
     order = torch.randperm(48).int().masked_fill(torch.randperm(48) >= 48, -1)
     order = torch.where(order < 37, order, -1)[None, None]
-    rest = (None, None, None, None, False, "", [0, 0, 0], None, None, None, False, True, None)
+    rest = (None, None, None, None, False, "", [0, 0, 0], None, None, None, False, True, "as given", None)
     torch.library.opcheck(block_sparse_op, (q, k, v, index, count, 16, 16, *rest))
-    full = (count - 1, order, order, bias, False, "band", [5, 0, 0], coords, coords, 0.5, False, False, "reference")
+    how = (False, False, "int8", "reference")
+    full = (count - 1, order, order, bias, False, "band", [5, 0, 0], coords, coords, 0.5, *how)
     torch.library.opcheck(block_sparse_op, (q, k, v, index, count, 16, 16, *full))
     outs, lses = list(torch.randn(2, 2, 37, 3, 16)), list(torch.randn(2, 2, 3, 37))
     torch.library.opcheck(merge_op, (outs, lses, None))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ..errors import ConfigError, nearest
+from ..kernels.block_sparse import Precision
 from .base import Block, Config, Count, Density, Share
 from .check import build
 from .correct import Correct
@@ -17,7 +18,7 @@ from .score import GeometryScore, Score
 from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
-MAPPED = (*AXES, "heads", "every", "decide_at", "decide_layers", "block_q", "block_k")  # what a case may replace
+MAPPED = (*AXES, "heads", "precision", "every", "decide_at", "decide_layers", "block_q", "block_k")  # in a case
 FIXED = ("all", "none")  # rules that would miss any density
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 
@@ -45,6 +46,7 @@ class Case(Config, frozen=True):
     decide_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     block_q: Block | None = None
     block_k: Block | None = None
+    precision: Precision | None = None
 
     def holds(self, site: int, sites: int, share: float) -> bool:
         """Say whether the case speaks for a site and a share of the run."""
@@ -72,9 +74,10 @@ class Recipe(Config, frozen=True):
     again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
     the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
     first steps left dense. `dense_layers`: first layers left dense. `block_q`, `block_k`: largest kernel tile.
-    `cases`: other choices for some layers and steps, later ones win. `total`: what a mixture of densities was made to
-    compute of all pairs after the dense steps; another density scales what its cases ask. `adaptive`: go dense where
-    the measured table says that sparse would be slower (presets). `sources`: the papers.
+    `precision`: the numbers in which queries meet keys, "int8" or as given. `cases`: other choices for some layers and
+    steps, later ones win. `total`: what a mixture of densities was made to compute of all pairs after the dense steps;
+    another density scales what its cases ask. `adaptive`: go dense where the measured table says that sparse would be
+    slower (presets). `sources`: the papers.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -94,6 +97,7 @@ class Recipe(Config, frozen=True):
     dense_layers: Annotated[int, Field(ge=0)] = 0
     block_q: Block = 128
     block_k: Block = 64
+    precision: Precision = "as given"
     total: Density | None = None
     adaptive: bool = False
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -101,7 +105,7 @@ class Recipe(Config, frozen=True):
     @model_validator(mode="after")
     def _axes_fit(self) -> Recipe:
         for case in (self, *self.cases):  # a case alone in force; what several make together is checked when it is
-            chosen = {name: getattr(case, name) or getattr(self, name) for name in (*AXES, "heads")}
+            chosen = {name: getattr(case, name) or getattr(self, name) for name in (*AXES, "heads", "precision")}
             _check_choice(**chosen, search=self.search)
         if self.heads is not None and self.search is not None:
             raise ValueError("heads choose online, a search is done by calibration: name one of them")
@@ -244,10 +248,13 @@ def _check_choice(
     keeps: Keeps,
     correct: Correct | None,
     heads: HeadChoice | None,
+    precision: Precision,
     search: HeadChoice | None,
 ) -> None:
     if heads is None:
         _check_axes(order, score, select, keeps)
+    if select.kind == "agents" and precision != "as given":
+        raise ValueError("select 'agents' goes through tokens that are computed as given, so precision must be too")
     patterns = heads or search
     for option in patterns.options if patterns else ():
         _check_axes(option.order, option.score, option.select, keeps, option=True)

@@ -12,19 +12,23 @@ from PIL import Image
 
 from ..errors import PlanError
 from ..kernels.block_lists import block_lists
-from ..kernels.block_sparse import Predicate, block_sparse_attention
+from ..kernels.block_sparse import Precision, Predicate, block_sparse_attention
 from .cut import Cut
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What a plan is run on: `q`, `k`, `v` [B, S, H, D], the factor of the logits, a bias [B|1, H|1, keys]."""
+    """What a plan is run on: `q`, `k`, `v` [B, S, H, D], the factor of the logits, a bias [B|1, H|1, keys].
+
+    `precision`: the numbers that branches multiply queries and keys in.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
+    precision: Precision = "as given"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,7 @@ class Branch:
             scale=given.scale,
             every_query=self.every_query,
             pack=self.pack,
+            precision=given.precision,
         )
 
     def block_mask(self, key_blocks: int) -> torch.Tensor:
@@ -107,6 +112,7 @@ class Plan:
     No branches means dense: every pair, by the stock attention. `pairs` is the number of computed pairs per
     (batch, head) as a tensor, so that the density can be had without waiting for the device. `pooled` and `fixes` are
     what a correction adds; they compute no pairs. `measures` says why a call is computed in full all the same.
+    `precision`: the numbers that the branches multiply queries and keys in.
     `operator` names the mathematics that is no subset of softmax pairs: such a plan has one in `pooled`, and no mask.
     """
 
@@ -118,6 +124,7 @@ class Plan:
     pooled: tuple[Pooled, ...] = ()
     fixes: tuple[Fix, ...] = ()
     measures: str = ""
+    precision: Precision = "as given"
     operator: str = ""
 
     @property

@@ -123,7 +123,8 @@ class Planner:
             self._forget_run()
             self._run = call.step.run
         recipe = self._recipe_at(call.site, call.step)
-        return self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
+        made = self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
+        return made if made.precision == recipe.precision else replace(made, precision=recipe.precision)
 
     def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
         share = step.index / step.total if step.index is not None and step.total else 0.0

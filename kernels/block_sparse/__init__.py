@@ -1,5 +1,5 @@
 """Attention over lists of key blocks: see `block_sparse_attention`."""
 
-from .api import Predicate, block_sparse_attention, unsupported_reasons
+from .api import Precision, Predicate, automatic, block_sparse_attention, unsupported_reasons
 
-__all__ = ["Predicate", "block_sparse_attention", "unsupported_reasons"]
+__all__ = ["Precision", "Predicate", "automatic", "block_sparse_attention", "unsupported_reasons"]

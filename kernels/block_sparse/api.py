@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch import Tensor
 from dit_accel.kernels.choice import wants_triton
 
 from .op import traced
-from .problem import Predicate, Problem
+from .problem import Precision, Predicate, Problem
 
-Backend = Literal["triton", "cpu", "reference"]
-__all__ = ["Backend", "Predicate", "block_sparse_attention", "unsupported_reasons"]
+Backend = Literal["triton", "cpu", "flex", "reference"]
+__all__ = ["Backend", "Precision", "Predicate", "block_sparse_attention", "unsupported_reasons"]
 
 
 def block_sparse_attention(
@@ -34,6 +34,7 @@ def block_sparse_attention(
     scale: float | None = None,
     every_query: bool = False,
     pack: bool = True,
+    precision: Precision = "as given",
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention of each query block over its own list of key blocks.
@@ -63,7 +64,10 @@ def block_sparse_attention(
             filled in for those that lie in none.
         pack: whether keys and values may be copied into slot order first, which gains where each is read more than a
             few times.
-        backend: None takes Triton on CUDA and "cpu" on a CPU where they can run, else the reference; a name is obeyed.
+        precision: "int8" rounds queries and keys to int8, the keys of a block on one grid (see `quantised.py`); on
+            CUDA for fp16 and bf16, elsewhere computed on the rounded numbers.
+        backend: None takes the first that can run: "cpu" on a CPU; Triton on CUDA; "flex", which is torch's
+            FlexAttention, on what Triton's kernels do not run on; else the reference. A name is obeyed.
 
     Returns:
         out [B, Sq, H, D] in q's dtype, contiguous, and lse [B, H, Sq] in float32: the natural logarithm of
@@ -77,7 +81,7 @@ def block_sparse_attention(
 
     The arithmetic is FlashAttention-2's (Dao 2023, arXiv 2307.08691) over a block list.
     """
-    order = (full_count, q_order, k_order, key_bias, predicate, scale, every_query, pack)
+    order = (full_count, q_order, k_order, key_bias, predicate, scale, every_query, pack, precision)
     lists = (q, k, v, index, count, block_q, block_k, *order)
     if torch.compiler.is_compiling():
         return traced(*lists, backend)
@@ -85,24 +89,47 @@ def block_sparse_attention(
     chosen = _chosen_backend(problem, backend)
     if problem.is_empty:
         return _nothing_attended(q)
-    if chosen == "reference":
-        from .reference import attend
-    elif chosen == "cpu":
-        from .cpu import attend
-    else:
+    return _attended(problem, chosen)
+
+
+def _attended(problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
+    if backend == "triton" and problem.precision == "int8":
+        from .quantised_triton import attend
+    elif backend == "triton":
         from .triton import attend
+    elif backend == "cpu":
+        from .cpu import attend
+    elif backend == "flex":
+        from .flex import attend
+    else:
+        from .reference import attend
+    if backend != "triton" and problem.precision == "int8":
+        from .quantised import on_rounded
+
+        return on_rounded(problem, attend)
     return attend(problem)
 
 
-def unsupported_reasons(backend: Backend, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def unsupported_reasons(
+    backend: Backend,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    precision: Precision = "as given",
+) -> list[str]:
     """Why a back end cannot take such tensors; an empty list when it can."""
     if backend == "reference":
         return _reference_reasons(dtype)
     if backend == "cpu":
         return _cpu_reasons(device, dtype)
     if backend == "triton":
-        return _triton_reasons(device, dtype, head_dim)
-    raise ValueError(f"backend is {backend!r}; known are 'triton', 'cpu', 'reference' and None (automatic)")
+        return _triton_reasons(device, dtype, head_dim, precision)
+    if backend == "flex":
+        from .flex import runs_on
+
+        return runs_on(device, dtype)
+    raise ValueError(f"backend is {backend!r}; known are {str(get_args(Backend))[1:-1]} and None (automatic)")
 
 
 def _reference_reasons(dtype: torch.dtype) -> list[str]:
@@ -117,13 +144,15 @@ def _cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> list[str]:
     try:
         from .triton import runs_on
     except ImportError as error:
         return [f"triton cannot be imported ({error})"]
     reasons = runs_on(device, dtype)
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if precision == "int8" and dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {dtype} is not fp16 or bf16, which precision 'int8' takes")
+    elif dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {dtype} is not fp16, bf16 or fp32")
     if not 16 <= head_dim <= 256:
         reasons.append(f"head dim {head_dim} is not within 16..256")
@@ -131,12 +160,34 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
-    q = problem.q
-    wanted: Backend = backend or ("triton" if wants_triton(q) else "cpu")
-    reasons = unsupported_reasons(wanted, device=q.device, dtype=q.dtype, head_dim=q.shape[3])
-    if reasons and backend is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run q {_shown(q)} on {q.device}: {'; '.join(reasons)}")
-    return "reference" if reasons else wanted
+    q, precision = problem.q, problem.precision
+    tried: dict[Backend, list[str]] = {}
+    for name in (backend,) if backend is not None else _in_turn(q, precision):
+        reasons = unsupported_reasons(name, device=q.device, dtype=q.dtype, head_dim=q.shape[3], precision=precision)
+        if not reasons:
+            return name
+        tried[name] = reasons
+    what = f"precision {precision!r}" if backend is None else f"backend {backend!r}"
+    why = "; ".join(reason for reasons in tried.values() for reason in reasons)
+    raise RuntimeError(f"{what} cannot run q {_shown(q)} on {q.device}: {why}")
+
+
+def _in_turn(q: Tensor, precision: Precision) -> tuple[Backend, ...]:
+    """What is automatic on q's device, with Triton first or left out where that is preferred for now."""
+    names = automatic(q.device, precision)
+    if wants_triton(q):
+        return names if "triton" in names else ("triton", *names)
+    return tuple(name for name in names if name != "triton") or names
+
+
+def automatic(device: torch.device, precision: Precision = "as given") -> tuple[Backend, ...]:
+    """The back ends to try in turn where none is named; lower precision is for speed, so only its kernel will do."""
+    if device.type == "cpu":
+        return ("cpu", "reference")
+    if precision != "as given":
+        return ("triton",)
+    ours = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("triton", "reference") if ours else ("triton", "flex", "reference")
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +215,11 @@ def _checked(
     scale: float | None,
     every_query: bool = False,
     pack: bool = True,
+    precision: Precision = "as given",
 ) -> Problem:
     _check_qkv(q, k, v)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; known are {str(get_args(Precision))[1:-1]}")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if not (16 <= block <= 128 and block % 16 == 0):
             raise ValueError(f"{name} is {block}; expected a multiple of 16 from 16 to 128")
@@ -194,7 +248,7 @@ def _checked(
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"scale is {scale}; expected a positive finite number")
-    order = (full_count, q_order, k_order, key_bias, predicate, factor, every_query, pack)
+    order = (full_count, q_order, k_order, key_bias, predicate, factor, every_query, pack, precision)
     return Problem(q, k, v, index, count, block_q, block_k, *order)
 
 

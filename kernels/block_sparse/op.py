@@ -16,7 +16,7 @@ from .problem import Predicate
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, int block_q, int block_k, Tensor? full_count, "
     "Tensor? q_order, Tensor? k_order, Tensor? key_bias, bool all_full, str kind, int[] radius, Tensor? q_coords, "
-    "Tensor? k_coords, float? scale, bool every_query, bool pack, str? backend) -> (Tensor, Tensor)",
+    "Tensor? k_coords, float? scale, bool every_query, bool pack, str precision, str? backend) -> (Tensor, Tensor)",
 )
 def block_sparse_op(
     q: Tensor,
@@ -38,6 +38,7 @@ def block_sparse_op(
     scale: float | None,
     every_query: bool,
     pack: bool,
+    precision: Any,
     backend: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run `block_sparse_attention` from compiled code.
@@ -64,6 +65,7 @@ def block_sparse_op(
         scale=scale,
         every_query=every_query,
         pack=pack,
+        precision=precision,
         backend=backend,
     )
     return out.contiguous(), lse.contiguous()
@@ -91,6 +93,7 @@ def traced(
     scale: float | None,
     every_query: bool,
     pack: bool,
+    precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Call the operation with the arguments of `block_sparse_attention`, which it checks when it runs."""
@@ -99,4 +102,5 @@ def traced(
         shape = (predicate.kind, list(predicate.radius), predicate.q_coords, predicate.k_coords)
     all_full = full_count is count
     lists = (None if all_full else full_count, q_order, k_order, key_bias, all_full)
-    return block_sparse_op(q, k, v, index, count, block_q, block_k, *lists, *shape, scale, every_query, pack, backend)
+    how = (scale, every_query, pack, precision, backend)
+    return block_sparse_op(q, k, v, index, count, block_q, block_k, *lists, *shape, *how)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+Precision = Literal["as given", "int8"]
+
 
 @dataclass(frozen=True)
 class Predicate:
@@ -45,6 +47,7 @@ class Problem:
     scale: float
     every_query: bool = False
     pack: bool = True
+    precision: Precision = "as given"
 
     @property
     def splits(self) -> bool:

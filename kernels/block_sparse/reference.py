@@ -103,11 +103,15 @@ def _visible(problem: Problem, rows: Tensor, cols: Tensor, partial: Tensor) -> T
 def admitted(predicate: Predicate, rows: Tensor, cols: Tensor) -> Tensor:
     """The predicate on every pair, [b, h, bq, n]; holes give any answer."""
     q, k = predicate.q_coords[:, rows.clamp(min=0)], predicate.k_coords[:, cols.clamp(min=0)]
-    d0, d1, d2 = (q.unsqueeze(-1) - k.unsqueeze(-2)).abs()
+    return within(predicate, *(q.unsqueeze(-1) - k.unsqueeze(-2)))
+
+
+def within(predicate: Predicate, d0: Tensor, d1: Tensor, d2: Tensor) -> Tensor:
+    """The predicate on differences of coordinates, a bool each."""
     r0, r1, r2 = predicate.radius
-    near = d0 <= r0
+    near = d0.abs() <= r0
     if predicate.kind == "box":
-        near = near & (d1 <= r1) & (d2 <= r2)
+        near = near & (d1.abs() <= r1) & (d2.abs() <= r2)
     elif predicate.kind == "disk":
         near = near & (d1 * d1 + d2 * d2 <= r1 * r1)
     return near

@@ -55,7 +55,8 @@ def choose(capability: tuple[int, int], padded_dim: int, itemsize: int, block_q:
     """The tile for one launch; `kind` names what costs most in it."""
     q, k = power_of_two_part(block_q), power_of_two_part(block_k)
     if itemsize == 4:  # products without tensor cores: more than 2048 steps a thread compile for minutes
-        return Tile(min(q, 64 if padded_dim <= 64 else 32), min(k, 64 if padded_dim <= 128 else 16), 4, 2)
+        wide = padded_dim > 64  # four warps then spill
+        return Tile(min(q, 32 if wide else 64), min(k, 64 if padded_dim <= 128 else 16), 8 if wide else 4, 2)
     if capability not in ((8, 0), (9, 0), (10, 0)):  # 99 KB of shared memory
         return Tile(min(q, 64), min(k, 64 if padded_dim <= 128 else 32), 4, 2)
     if capability >= (9, 0):
@@ -65,4 +66,6 @@ def choose(capability: tuple[int, int], padded_dim: int, itemsize: int, block_q:
                 return tile
     if padded_dim == 256:
         return Tile(q, min(k, 32), 8, 2)
-    return Tile(q, min(k, 64), 4, 3 if capability >= (9, 0) else 2)
+    if capability < (9, 0):  # without wgmma, four warps have no registers left for masks and spill kilobytes
+        return Tile(q, min(k, 64), 4 if kind == "plain" or q < 128 else 8, 2)
+    return Tile(q, min(k, 64), 4, 3)

@@ -1,14 +1,19 @@
-"""Compile the kernels for GPUs that are not here; prints one JSON line per variant.
+"""Compile the kernels for GPUs that are not here; prints one JSON line per variant, or the table of the docs.
 
 Runs as a process of its own, because TRITON_INTERPRET=1 replaces kernels when they are defined.
 Usage: python compile_ahead.py CAPABILITY [VARIANT...]
+       python compile_ahead.py table [CAPABILITY...]
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_mass import triton as weighing
 from dit_accel.kernels.block_max import triton as maximal
+from dit_accel.kernels.block_sparse import quantised_pack as packing
+from dit_accel.kernels.block_sparse import quantised_triton as rounded
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
@@ -31,7 +38,11 @@ from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TYPES = {BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+TYPES = {
+    torch.int8: "i8", torch.uint8: "u8", BF16: "bf16", torch.float16: "fp16", FP32: "fp32", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
 
 # name: head dim, dtype, query block, key block, features, length
 VARIANTS = {
@@ -86,6 +97,19 @@ def shaped_as_packed(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor) -> t
     """What the copy would return: it needs a GPU, and a launch only asks for its shape."""
     packed = k[:, :1].transpose(1, 2).repeat(1, 1, order.shape[2], 1).transpose(1, 2)
     return packed, packed
+
+
+def compile_rounded(capability: int, name: str, pack: bool = False) -> triton.compiler.CompiledKernel:
+    """The int8 kernel on a call of the table above, or the one that packs its keys and values."""
+    problem = replace(problem_of(*VARIANTS[name]), precision="int8")
+    room = packing.packed_room(problem)
+    if pack:
+        return compile_launch(packing._pack_kernel, capability, *packing.pack_launch(problem, room))
+    blocks = (problem.block_q, problem.block_k)
+    tile = rounded.choose(divmod(capability, 10), packing.padded(problem), *blocks, attention.kind_of(problem))
+    out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
+    _, args, constants = rounded.launch(problem, room, tile, out, lse)
+    return compile_launch(rounded._attention_kernel, capability, args, constants)
 
 
 def compile_pack(capability: int) -> triton.compiler.CompiledKernel:
@@ -167,6 +191,13 @@ def compile_budget(capability: int, which: str) -> triton.compiler.CompiledKerne
 
 
 OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
+    **{
+        f"int8-{name.removeprefix('bf16-')}": lambda capability, name=name: compile_rounded(capability, name)
+        for name in VARIANTS
+        if name.startswith("bf16")
+    },
+    "int8-pack": lambda capability: compile_rounded(capability, "bf16-128", pack=True),
+    "int8-pack-orders-bias": lambda capability: compile_rounded(capability, "bf16-128-everything", pack=True),
     "pack": compile_pack,
     "merge": compile_merge,
     "means": lambda capability: compile_means(capability, ragged=False),
@@ -218,20 +249,52 @@ def type_of(value: object) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def main(capability: int, names: list[str]) -> None:
-    for name in names or [*VARIANTS, *OTHERS]:
-        if name in OTHERS:
-            compiled = OTHERS[name](capability)
-        else:
-            compiled = compile_attention(capability, problem_of(*VARIANTS[name]))
-        line = {
-            "capability": capability,
-            "name": name,
-            "shared": compiled.metadata.shared,
-            "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
-        }
-        print(json.dumps(line), flush=True)
+def measure(capability: int, name: str) -> dict[str, Any]:
+    """Compile one variant and say what a program takes: shared memory and stack in bytes, registers a thread."""
+    if name in OTHERS:
+        compiled = OTHERS[name](capability)
+    else:
+        compiled = compile_attention(capability, problem_of(*VARIANTS[name]))
+    ptx = compiled.asm["ptx"]
+    return {
+        "capability": capability,
+        "name": name,
+        "shared": compiled.metadata.shared,
+        **registers(compiled.asm["cubin"]),
+        "tma": "cp.async.bulk.tensor" in ptx,
+        "int8": bool(re.search(r"mma\S*(\.s8\.s8|kind::i8)", ptx)),
+    }
+
+
+def registers(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and the bytes of stack that what did not fit in them takes (the spills)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", said))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
+
+
+def table(capabilities: list[int]) -> None:
+    """Print shared memory in KiB, registers and stack of every variant as Markdown."""
+    print(f"Triton {triton.__version__}: shared memory in KiB / registers a thread / bytes of stack.\n")
+    print("| kernel | " + " | ".join(f"sm_{capability}" for capability in capabilities) + " |")
+    print("|---" * (len(capabilities) + 1) + "|")
+    for name in (*VARIANTS, *OTHERS):
+        cells = [measure(capability, name) for capability in capabilities]
+        told = [f"{c['shared'] / 1024:.0f} / {c['registers']} / {c['stack']}" for c in cells]
+        print(f"| {name} | " + " | ".join(told) + " |", flush=True)
+
+
+def main(first: str, rest: list[str]) -> None:
+    if first == "table":
+        table([int(capability) for capability in rest] or list(CAPABILITIES))
+        return
+    for name in rest or [*VARIANTS, *OTHERS]:
+        print(json.dumps(measure(int(first), name)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1], sys.argv[2:])

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB
+STACK_LIMIT = 512  # bytes a thread that did not fit in registers; where the assembler gives up, it leaves 5 KB and more
+MORE_STACK = {
+    "bf16-72-bias": 1280, "bf16-128-everything": 2048, "fp32-64": 1024, "int8-256-orders": 768,
+    "int8-128-predicate": 1024, "int8-128-everything": 1536,
+}  # fmt: skip
 SCRIPT = Path(__file__).with_name("compile_ahead.py")
 
 
@@ -26,13 +31,15 @@ def compiled(*arguments: str) -> list[dict]:
 def check(lines: list[dict]) -> None:
     assert lines
     for line in lines:
-        assert line["shared"] <= SHARED_LIMIT[line["capability"]], line
+        assert line["shared"] <= SHARED_LIMIT[line["capability"]] << 10, line
+        assert line["stack"] <= MORE_STACK.get(line["name"], STACK_LIMIT), line
         assert not line["tma"] or line["capability"] >= 90, line
+        assert line["int8"] == (line["name"].startswith("int8") and "pack" not in line["name"]), line
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_main_variants_compile(capability):
-    check(compiled(str(capability), "bf16-128", "bf16-64-small", "bf16-64-ragged"))
+    check(compiled(str(capability), "bf16-128", "bf16-64-ragged", "int8-128"))
 
 
 def test_orders_bias_and_predicates_compile():
