@@ -1,6 +1,6 @@
 """Time the block-sparse attention kernel beside torch's dense attention, and check it first.
 
-    python -m dit_accel.eval.bench_block_sparse [--out FOLDER] [--cases NAME...]
+    python -m dit_accel.eval.bench_block_sparse [--out FOLDER] [--cases NAME...] [--commit HASH]
 
 Every timed configuration is first held against an fp64 result on sampled rows, on the very inputs that are
 timed and with poisoned output memory. Times are medians of `triton.testing.do_bench`; a TFLOP/s counts
@@ -10,12 +10,10 @@ computed pairs only (4 · pairs · head dim), so a ratio of 1 to dense means tha
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,12 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parents[1]
-try:
-    from dit_accel.kernels.block_sparse import block_sparse_attention
-except ModuleNotFoundError:  # run by path in a checkout
-    sys.path.insert(0, str(ROOT))
-    from dit_accel.kernels.block_sparse import block_sparse_attention
+from dit_accel.eval.source import RESULTS, provenance
+from dit_accel.kernels.block_sparse import block_sparse_attention
 
 WORST_ERROR = 1e-2  # of bf16 operands; a wrong mask or a race is far above
 
@@ -205,28 +199,16 @@ def show(rows: list[Row]) -> None:
         )
 
 
-def provenance() -> dict[str, str]:
-    import triton
-
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="*", default=[c.name for c in CASES], help="names of the shapes to run")
+    parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
     torch.manual_seed(0)
-    source = provenance()
+    source = provenance(torch.device("cuda"), options.commit)
     name = "-".join(source["gpu"].lower().split())
     path = options.out / f"block_sparse_{name}.json"
     options.out.mkdir(parents=True, exist_ok=True)

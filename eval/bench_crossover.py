@@ -1,6 +1,6 @@
 """Measure from which length on a planned sparse attention call beats dense, and write the presets' table.
 
-    python -m dit_accel.eval.bench_crossover [--out dit_accel/sparsity/crossover.json] [--quick]
+    python -m dit_accel.eval.bench_crossover [--out dit_accel/sparsity/crossover.json] [--quick] [--commit HASH]
 
 Dense is torch's scaled_dot_product_attention with its default backend; sparse holds decision, index lists and kernel,
 with the presets' own axes. Rows of other device types already in the file are kept.
@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from rich.table import Table
 
 from dit_accel.attend import run
 from dit_accel.config import Recipe
+from dit_accel.eval.source import provenance
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity.crossover import TABLE
 from dit_accel.sparsity.decide import decide
@@ -81,26 +79,11 @@ def _planned(recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tens
     return run(from_units(decision.mask, decision.cut), q, k, v)
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """Say on what the figures were taken."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    return {
-        "device": name + threads,
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
-def write(path: Path, device: torch.device, rows: list[dict[str, float]]) -> None:
+def write(path: Path, device: torch.device, commit: str, rows: list[dict[str, float]]) -> None:
     """Put this device type's rows into the table, keeping the others."""
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}, "measured_on": {}}
     data["rows"][device.type] = rows
-    data["measured_on"][device.type] = provenance(device)
+    data["measured_on"][device.type] = provenance(device, commit)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
 
@@ -110,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--quick", action="store_true", help="two sizes, for a look")
+    parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sides = SIDES[device.type][:2] if options.quick else SIDES[device.type]
@@ -120,7 +104,7 @@ def main() -> None:
         gain = row["dense_ms"] / row["sparse_ms"]
         table.add_row(*(str(row[key]) for key in row), f"{gain:.2f}")
     Console().print(table)
-    write(options.out, device, rows)
+    write(options.out, device, options.commit, rows)
 
 
 if __name__ == "__main__":

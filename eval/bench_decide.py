@@ -38,7 +38,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.bench_fused import ROOT, provenance
 from dit_accel.eval.decide_calls import (
     CASES,
     COUNTED,
@@ -52,6 +51,7 @@ from dit_accel.eval.decide_calls import (
     uses,
 )
 from dit_accel.eval.decide_stages import DECISION, STAGES, Clock, Launches
+from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.choice import prefer
 
 WORST_ERROR = 1e-2  # of bf16 operands; a wrong mask or a race is far above
@@ -288,7 +288,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=names, default=names)
     parser.add_argument("--case", choices=[case.name for case in CASES], default=CASES[0].name)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     parser.add_argument("--count", action="store_true", help="count launches instead, on a CPU")
     parser.add_argument("--tiny", action="store_true", help="a tiny call, on any device")

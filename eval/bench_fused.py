@@ -11,12 +11,9 @@ dense).
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,16 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-try:
-    from dit_accel.kernels.kmeans import kmeans
-    from dit_accel.kernels.unit_means import unit_means
-    from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
-except ModuleNotFoundError:  # run by path in a checkout
-    sys.path.insert(0, str(ROOT))
-    from dit_accel.kernels.kmeans import kmeans
-    from dit_accel.kernels.unit_means import unit_means
-    from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
+from dit_accel.eval.source import RESULTS, provenance
+from dit_accel.kernels.kmeans import kmeans
+from dit_accel.kernels.unit_means import unit_means
+from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
 
 BYTES_PER_MS, FLOPS_PER_MS = 3.35e9, 989e9
 WORST_MEAN = 1e-5  # relative to the largest mean, of sums in fp32
@@ -196,28 +187,10 @@ def run_case(case: Case, device: torch.device) -> Iterator[Row]:
     yield from kmeans_rows(case, x, backends)
 
 
-def provenance(device: torch.device, commit: str) -> dict[str, str]:
-    """Say on what and with what the figures were taken."""
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "none"
-    if not commit:
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = done.stdout.strip() if done.returncode == 0 else "unknown"
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models to time")
     parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on any device")

@@ -27,13 +27,13 @@ import dit_accel
 from dit_accel.attend import run as run_plan
 from dit_accel.call import AttentionCall
 from dit_accel.eval.bench_block_sparse import Case, computed_pairs, dense_rows, random_lists, sampled_error, tile_order
-from dit_accel.eval.bench_fused import median_ms, provenance
+from dit_accel.eval.bench_fused import median_ms
+from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.block_sparse import block_sparse_attention, quantised
 from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.tiles import Tile
 from dit_accel.sparsity.plan import Plan
 
-ROOT = Path(__file__).resolve().parents[1]
 WORST_KERNEL = 1e-2  # against the rounded numbers: what bf16 weights and outputs make of it
 WORST_NOISE = 4e-2  # against the unrounded ones, on noise
 WORST_LSE = 0.1
@@ -236,7 +236,7 @@ def show(row: Row | Real) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which shapes to time")
     parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on any device")

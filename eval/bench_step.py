@@ -15,12 +15,9 @@ written as they come; rows of other cases from the same commit, device and versi
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -38,12 +35,12 @@ from dit_accel import accelerate
 from dit_accel.attend import run
 from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
+from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.eval.step_cases import CASES, Case, built, tiny
 from dit_accel.eval.step_clock import AttentionClock, StepTime, Stopwatch, extrapolate
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.recipes import resolve
 
-ROOT = Path(__file__).resolve().parents[1]
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 WORST_ERROR = 1e-2  # of one bf16 attention layer; a wrong mask, order or rotation is far above
 STEPS = 1000  # of the pretended run; far more than are taken, so that no new run begins
@@ -290,28 +287,6 @@ _CAPTION = (
 )
 
 
-def provenance(device: torch.device, commit: str) -> dict[str, str]:
-    """Say on what and with what the figures were taken."""
-    import diffusers
-
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "none"
-    if not commit:
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = done.stdout.strip() if done.returncode == 0 else "unknown"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    return {
-        "gpu": name,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "diffusers": diffusers.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def kept_rows(path: Path, source: dict[str, Any], cases: Sequence[str]) -> list[Row]:
     """Return the rows of other cases in an earlier file that was made from the same commit, device and versions."""
     try:
@@ -333,7 +308,7 @@ def write(path: Path, source: dict[str, Any], rows: Sequence[Row]) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models to time")
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--recipe", default="balanced", help="recipe or preset that decides")
