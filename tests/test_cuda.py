@@ -80,15 +80,16 @@ def test_plans_follow_the_device() -> None:
 
 
 def test_decisions_do_not_wait_for_the_device() -> None:
-    """Planning and running a sparse call must not read anything back from the GPU."""
+    """Planning and running a sparse call must not read anything back from the GPU, once its layout is known."""
     layout = dit_accel.TokenLayout(grid=(1, 64, 64), text=64)
     q, k, v = (torch.randn(1, layout.length, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     for recipe in ("draft", "balanced", "grat"):
-        dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3)  # compile, upload
+        state = dit_accel.AttentionState()
+        dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3, state=state)  # compile, upload
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3)
+            dit_accel.attention(q, k, v, layout=layout, recipe=recipe, density=0.3, state=state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

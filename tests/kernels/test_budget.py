@@ -142,11 +142,11 @@ def test_sums_beyond_24_bits_are_exact_by_head(device):
     assert out.cpu().flatten().tolist() == [True] * 5 + [False] * 3
 
 
-def test_nothing_to_rank():
-    empty = torch.zeros(0, 2, 3, 4)
-    keep, cost = torch.zeros(3, 4, dtype=torch.bool), torch.ones(4)
+def test_nothing_to_rank(device):
+    empty = torch.zeros(0, 2, 3, 4, device=device)
+    keep, cost = torch.zeros(3, 4, dtype=torch.bool, device=device), torch.ones(4, device=device)
     assert fill_rows(empty, keep, cost, 0.5, backend="triton").shape == empty.shape
-    assert fill_heads(empty, keep, torch.ones(3), cost, 0.5, backend="triton").shape == empty.shape
+    assert fill_heads(empty, keep, torch.ones(3, device=device), cost, 0.5, backend="triton").shape == empty.shape
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ def test_two_tensors_are_each_for_itself(unit, backend, device):
     y = (x + 1).transpose(1, 2).contiguous().transpose(1, 2)  # lies otherwise
     both = unit_means_of_two(x, y, slots, bounds, backend=backend)
     for one, got in zip((x, y), both, strict=True):
-        assert torch.equal(got, unit_means(one, slots, bounds, backend=backend))
+        alone = unit_means(one, slots, bounds, backend=backend)
+        if backend == "triton":
+            assert torch.equal(got, alone)
+        else:  # torch adds in no fixed order on a GPU
+            torch.testing.assert_close(got, alone)
     with pytest.raises(ValueError, match="expected them alike"):
         unit_means_of_two(x, y[:, :-1], slots, bounds, backend=backend)
 
