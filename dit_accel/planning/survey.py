@@ -1,0 +1,192 @@
+"""What the engine will do with each attention: the engine itself walks a twin on no device, and decides nothing there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..attachment import Attachment
+from ..call import AttentionCall, Site
+from ..config import Recipe
+from ..engine import Engine
+from ..errors import UnsupportedError
+from ..hosts import Family, LayoutUnknownError
+from ..layout import TokenLayout
+from ..sparsity.decide import tiling_for
+from ..sparsity.expected import budget_density, floor_note
+from ..sparsity.plan import Plan
+from ..sparsity.planner import Planner
+from ..step import StepInfo, StepTracker
+from .inputs import Arguments
+from .models import META
+from .work import Work, count
+
+
+@dataclass(frozen=True)
+class Reached:
+    """An attention call that reaches the engine: layout, heads and head dimension."""
+
+    layout: TokenLayout
+    batch: int
+    heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One transformer's sites, as the engine meets them.
+
+    `layout` of the whole sequence, None with the `unknown` reason. `reached`: site -> its calls. `stock`: site -> why a
+    call never reaches the engine. `blocked`: site -> why it cannot be accelerated at all. `work` of a forward as it
+    comes, `ours` of one in which all sites but the blocked are run by the engine.
+    """
+
+    sites: Sequence[Site]
+    layout: TokenLayout | None
+    unknown: str
+    reached: Mapping[str, tuple[Reached, ...]]
+    stock: Mapping[str, tuple[str, ...]]
+    blocked: Mapping[str, str]
+    work: Work
+    ours: Work
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to the calls of one site at one step: `density` expected, None where the attention decides it.
+
+    `reason` says why a call is dense, '' where it is sparse. `recipe` is the one in force there.
+    """
+
+    site: Site
+    step: int
+    call: Reached | None
+    reason: str
+    recipe: Recipe
+    density: float | None = 1.0
+
+
+class _Notes(Planner):
+    """A planner that lets every call through, writes it down, and has it run dense."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.reached: dict[str, tuple[Reached, ...]] = {}
+
+    def dense_reason(self, site: Site, step: StepInfo, layout: TokenLayout, device: torch.device) -> str:
+        return ""
+
+    def plan(self, call: AttentionCall) -> Plan:
+        batch, queries, heads, dim = call.q.shape
+        seen = Reached(call.layout, batch, heads, dim)
+        self.reached[call.site.name] = (*self.reached.get(call.site.name, ()), seen)
+        return Plan(queries, call.k.shape[1])
+
+
+@torch.no_grad()
+def survey(given: torch.nn.Module, model: Any, family: Family, recipe: Recipe, arguments: Arguments) -> Survey:
+    """Find the sites of a transformer as `accelerate` would, and walk its twin `model` on the meta device.
+
+    `given` is the transformer itself, which is only looked at; `arguments` are those of its forward, on the CPU, where
+    their values can be read.
+    """
+    blocked = _attachment(given, family, recipe).blocked
+    layout, unknown = None, ""
+    try:
+        layout = family.geometry(model, arguments, {})
+    except LayoutUnknownError as error:
+        unknown = str(error)
+
+    def known(*_: Any) -> TokenLayout:
+        if layout is None:
+            raise LayoutUnknownError(unknown)
+        return layout
+
+    # on no device the values that say the layout cannot be read, so it is told; and no prompt could be kept
+    attachment = _attachment(model, replace(family, geometry=known, cross=None), recipe)
+    planner = attachment.engine.planner = _Notes(recipe)
+    stock: dict[str, tuple[str, ...]] = {}
+
+    def note(site: Site, step: StepInfo, reason: str, _: TokenLayout | None) -> None:
+        if reason != _EVERY_PAIR:
+            stock[site.name] = (*stock.get(site.name, ()), reason)
+
+    attachment.engine.ledger.listeners = (note,)
+    on_meta = _moved(arguments)
+    work = count(model, on_meta, attachment.sites)
+    for name, why in blocked.items():
+        attachment.blocked.setdefault(name, why)
+    attachment.attach()
+    try:
+        ours = count(model, on_meta, attachment.sites)
+    finally:
+        attachment.detach()
+    return Survey(attachment.sites, layout, unknown, planner.reached, stock, blocked, work, ours)
+
+
+_EVERY_PAIR = "the plan holds every pair"  # what the ledger writes of a dense plan, which is how `_Notes` runs a call
+
+
+def _attachment(model: torch.nn.Module, family: Family, recipe: Recipe) -> Attachment:
+    tracker = StepTracker(None)
+    tracker.set_manual(0, 1, "0")
+    return Attachment(model, family, Engine(recipe), tracker, "")
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(META)
+    if isinstance(value, dict):
+        return {key: _moved(item) for key, item in value.items()}
+    return type(value)(_moved(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def treatments(seen: Survey, recipe: Recipe, steps: int, device: torch.device) -> list[Treatment]:
+    """Ask the planner, step by step and site by site, what it does on `device`; sites in the model's order."""
+    planner, found = Planner(recipe), []
+    for index in range(steps):
+        step = StepInfo(run=1, index=index, total=steps, branch="0")
+        for site in seen.sites:
+            here = planner.recipe_at(site, step)
+            if site.name in seen.blocked:
+                continue
+            reasons = seen.stock.get(site.name, ()) if seen.layout is not None else (seen.unknown,)
+            found += [Treatment(site, index, None, reason, here) for reason in reasons]
+            for call in seen.reached.get(site.name, ()):
+                reason = planner.dense_reason(site, step, call.layout, device)
+                density = 1.0 if reason else expected_density(here, call.layout, call.heads)
+                found.append(Treatment(site, index, call, reason, here, density))
+    return found
+
+
+def expected_density(recipe: Recipe, layout: TokenLayout, heads: int) -> float | None:
+    """Return the density of a sparse call: that of its very plan for rules of places, else what the budget says."""
+    if recipe.content_driven:
+        return budget_density(recipe, layout)
+    return float(Planner(recipe).plan(_empty_call(layout, heads)).density())
+
+
+def notes(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
+    """Return what the engine's report will note of a sparse call's density, '' where nothing."""
+    if recipe.content_driven:
+        return floor_note(recipe, layout, heads)
+    return Planner(recipe).plan(_empty_call(layout, heads)).note
+
+
+def padding(recipe: Recipe, layout: TokenLayout) -> float:
+    """Return slots over tokens of a recipe's static cut: what holes at ragged borders add to a kernel's work."""
+    return len(tiling_for(recipe, layout).slots) / layout.length
+
+
+def _empty_call(layout: TokenLayout, heads: int) -> AttentionCall:
+    """Make a call for a rule that looks at the layout alone: tensors of the right shape that hold one number."""
+    x = torch.zeros(1).expand(1, layout.length, heads, 1)
+    site, step = Site("planned", "planned", 0, torch.nn.Identity()), StepInfo(1, 0, 1, "0")
+    return AttentionCall(site, step, layout, x, x, x, 1.0, stock=_never)
+
+
+def _never(*_: torch.Tensor) -> torch.Tensor:
+    raise UnsupportedError("a planned call is not run")
