@@ -84,7 +84,7 @@ def qwen_image(config: Any, cells: Cells, text: int, device: torch.device, dtype
 def cogvideox(config: Any, cells: Cells, text: int, device: torch.device, dtype: torch.dtype) -> Arguments:
     """Video latents [1, F, C, H, W], text in the same sequence; rotation where the model has one."""
     frames, height, width = cells
-    arguments = {
+    arguments: Arguments = {
         "hidden_states": torch.randn(1, frames, config["in_channels"], height, width, device=device, dtype=dtype),
         "timestep": torch.tensor([500.0], device=device),
         "encoder_hidden_states": torch.randn(1, text, config["text_embed_dim"], device=device, dtype=dtype),

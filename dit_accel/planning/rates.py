@@ -1,8 +1,8 @@
 """How long work takes on a measured device: rates from the step benchmark's rows, and how far they are off.
 
 A step is matrix products at one rate, all other operations at one bandwidth, and attention: dense at the rate measured
-at that length, sparse by the computed pairs of slots, holes included, and the blocks of queries; and the decision by the pairs of units
-and the numbers it reads. Each rate comes from `measured.json`, which `eval/bench_plan.py` writes from the step
+at that length, sparse by the computed pairs of slots, holes included, and by the queries; and the decision by the pairs
+of units and the numbers it reads. Each rate comes from `measured.json`, which `eval/bench_plan.py` writes from the step
 benchmark's results.
 """
 
@@ -36,9 +36,9 @@ class Case:
     """One measured model at one size: what its step does, and what it took.
 
     `matmul`, `traffic`: FLOPs and bytes beside the sites' attention (`work.Work`). `flops`: of one site's dense
-    attention, of which there are `sites`; `tokens`, `heads`, `dim`: its sizes. `slots`, `units`: what its tokens take in
-    our kernel, padding left out. `attention_ms` of all sites in the stock step of `stock_ms`; `sdpa_ms`
-    of one without a mask.
+    attention, of which there are `sites`; `tokens`, `heads`, `dim`: its sizes. `slots`, `units`: what its tokens take
+    in our kernel, padding left out, and whether they are `whole`, without holes. `attention_ms` of all sites in the stock step of `stock_ms`; `sdpa_ms` of one
+    without a mask.
     """
 
     case: str
@@ -52,6 +52,7 @@ class Case:
     masked: bool
     slots: int
     units: int
+    whole: bool
     stock_ms: float
     attention_ms: float
     sdpa_ms: float
@@ -59,7 +60,7 @@ class Case:
 
     def sparse(self, density: float) -> Sparse:
         """Return what one of its attentions does at a density."""
-        return Sparse(density, self.slots, self.units, self.heads, self.dim)
+        return Sparse(density, self.slots, self.units, self.whole, self.heads, self.dim)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Sparse:
     density: float
     slots: int
     units: int
+    whole: bool
     heads: int
     dim: int
 
@@ -113,14 +115,15 @@ class Sparse:
 class Rates:
     """Costs in ms, each of two kinds of work, and dense attention's FLOPs a ms, from some measured cases.
 
-    `rest`: of a FLOP and of a byte; `kernel`, `decision`, `reuse`: as `Sparse` counts. `dense`, `masked`: (tokens, rate)
-    of dense attention, the latter where stock is given a mask.
+    `rest`: of a FLOP and of a byte; `kernel`, `decision`, `reuse`: as `Sparse` counts, `kernel` with and without holes
+    in its blocks, which take another path. `dense`, `masked`: (tokens, rate) of dense attention, the latter where stock
+    is given a mask. What no case shows (masks, or blocks of one sort) has the rate of the other sort.
     """
 
     rest: tuple[float, float]
     dense: tuple[tuple[int, float], ...]
     masked: tuple[tuple[int, float], ...]
-    kernel: tuple[float, float]
+    kernel: Mapping[bool, tuple[float, float]]
     decision: tuple[float, float]
     reuse: tuple[float, float]
 
@@ -133,7 +136,7 @@ class Rates:
             rest=costs([(c.matmul, c.traffic) for c in cases], [c.stock_ms - c.attention_ms for c in cases]),
             dense=tuple((c.tokens, c.flops / (c.sdpa_ms if c.masked else c.attention_ms / c.sites)) for c in cases),
             masked=tuple((c.tokens, c.flops * c.sites / c.attention_ms) for c in cases if c.masked),
-            kernel=costs([sparse.kernel for sparse, _ in rows], [p.kernel_ms for _, p in rows]),
+            kernel={whole: _kernel(rows, whole) for whole in (False, True)},
             decision=costs(decisions, [p.decision_ms for _, p in rows]),
             reuse=costs(decisions, [p.reuse_ms for _, p in rows]),
         )
@@ -150,7 +153,7 @@ class Rates:
 
     def kernel_ms(self, call: Sparse) -> float:
         """Return the time of our kernel on one attention."""
-        return _spent(call.kernel, self.kernel)
+        return _spent(call.kernel, self.kernel[call.whole])
 
     def decision_ms(self, call: Sparse, every: int = 1) -> float:
         """Return the mean time of a call's decision, made once in `every` calls and kept for the others."""
@@ -168,8 +171,8 @@ def devices() -> dict[str, Device]:
 
 def device(name: str, data: Mapping[str, Any]) -> Device:
     """Read one device of the table."""
-    cases = (Case(**{**case, "points": tuple(Point(**p) for p in case["points"])}) for case in data["cases"])
-    return Device(name, data["gpu"], data["recipe"], data["source"], tuple(cases))
+    cases = tuple(Case(**{**case, "points": tuple(Point(**p) for p in case["points"])}) for case in data["cases"])
+    return Device(name, data["gpu"], data["recipe"], data["source"], cases)
 
 
 def leave_one_out(cases: Sequence[Case]) -> list[Judged]:
@@ -201,6 +204,11 @@ def costs(work: Sequence[tuple[float, float]], ms: Sequence[float]) -> tuple[flo
         if (found >= 0).all():
             break
     return float(found[0]), float(found[1])
+
+
+def _kernel(rows: Sequence[tuple[Sparse, Point]], whole: bool) -> tuple[float, float]:
+    alike = [(sparse, point) for sparse, point in rows if sparse.whole is whole] or rows
+    return costs([sparse.kernel for sparse, _ in alike], [point.kernel_ms for _, point in alike])
 
 
 def _spent(work: tuple[float, float], cost: tuple[float, float]) -> float:

@@ -1,21 +1,22 @@
-"""What the engine will do with each attention: the engine itself walks a twin on no device, and decides nothing there."""
+"""What the engine will do with each attention: it walks a twin on no device, where nothing is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..attachment import Attachment
 from ..call import AttentionCall, Site
-from ..config import Recipe
+from ..config import Recipe, ResidualCorrect
 from ..engine import Engine
 from ..errors import UnsupportedError
 from ..hosts import Family, LayoutUnknownError
 from ..layout import TokenLayout
-from ..sparsity.decide import tiling_for
+from ..sparsity.correct import MEASURES
 from ..sparsity.expected import budget_density, floor_note
 from ..sparsity.plan import Plan
 from ..sparsity.planner import Planner
@@ -146,7 +147,7 @@ def _moved(value: Any) -> Any:
 
 def treatments(seen: Survey, recipe: Recipe, steps: int, device: torch.device) -> list[Treatment]:
     """Ask the planner, step by step and site by site, what it does on `device`; sites in the model's order."""
-    planner, found = Planner(recipe), []
+    planner, found, measured = Planner(recipe), list[Treatment](), dict[str, int]()
     for index in range(steps):
         step = StepInfo(run=1, index=index, total=steps, branch="0")
         for site in seen.sites:
@@ -157,35 +158,43 @@ def treatments(seen: Survey, recipe: Recipe, steps: int, device: torch.device) -
             found += [Treatment(site, index, None, reason, here) for reason in reasons]
             for call in seen.reached.get(site.name, ()):
                 reason = planner.dense_reason(site, step, call.layout, device)
+                reason = reason or _measures(here, site, index, measured)
                 density = 1.0 if reason else expected_density(here, call.layout, call.heads)
                 found.append(Treatment(site, index, call, reason, here, density))
     return found
+
+
+def _measures(recipe: Recipe, site: Site, step: int, last: dict[str, int]) -> str:
+    """Say that a call is a full step from which a correction measures what is missing, '' if it is not."""
+    if not isinstance(recipe.correct, ResidualCorrect):
+        return ""
+    if site.name in last and step - last[site.name] < recipe.correct.every:
+        return ""
+    last[site.name] = step
+    return MEASURES
 
 
 def expected_density(recipe: Recipe, layout: TokenLayout, heads: int) -> float | None:
     """Return the density of a sparse call: that of its very plan for rules of places, else what the budget says."""
     if recipe.content_driven:
         return budget_density(recipe, layout)
-    return float(Planner(recipe).plan(_empty_call(layout, heads)).density())
+    return float(_by_place(recipe, layout, heads).density())
 
 
 def notes(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     """Return what the engine's report will note of a sparse call's density, '' where nothing."""
     if recipe.content_driven:
         return floor_note(recipe, layout, heads)
-    return Planner(recipe).plan(_empty_call(layout, heads)).note
+    return _by_place(recipe, layout, heads).note
 
 
-def padding(recipe: Recipe, layout: TokenLayout) -> float:
-    """Return slots over tokens of a recipe's static cut: what holes at ragged borders add to a kernel's work."""
-    return len(tiling_for(recipe, layout).slots) / layout.length
-
-
-def _empty_call(layout: TokenLayout, heads: int) -> AttentionCall:
-    """Make a call for a rule that looks at the layout alone: tensors of the right shape that hold one number."""
+@lru_cache(maxsize=64)
+def _by_place(recipe: Recipe, layout: TokenLayout, heads: int) -> Plan:
+    """Make the plan of a rule that looks at the layout alone, for tensors of the right shape that hold one number."""
     x = torch.zeros(1).expand(1, layout.length, heads, 1)
     site, step = Site("planned", "planned", 0, torch.nn.Identity()), StepInfo(1, 0, 1, "0")
-    return AttentionCall(site, step, layout, x, x, x, 1.0, stock=_never)
+    alone = recipe.override(cases=(), correct=None)
+    return Planner(alone).plan(AttentionCall(site, step, layout, x, x, x, 1.0, stock=_never))
 
 
 def _never(*_: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -15,6 +19,7 @@ from ..call import Site
 from ..hosts.generic import Intercept
 
 _SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}  # neither read nor write memory
+_SECTOR = 32  # bytes that a GPU reads or writes at the least
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def count(model: torch.nn.Module, arguments: Mapping[str, Any], sites: Sequence[
             outside += seen.flops
         return call["query"].new_empty(*call["query"].shape[:-1], call["value"].shape[-1])
 
-    with _inside(sites, inside), Intercept(attended), counter:
+    with _inside(sites, inside), Intercept(attended), _FusedNorms(), counter:
         model(**arguments, return_dict=False)
     calls = {name: tuple(found) for name, found in attention.items()}
     return Work(counter.flops + outside, counter.traffic, counter.peak, calls)
@@ -82,25 +87,31 @@ def attention_of(call: Mapping[str, Any]) -> Attention:
     return Attention(batch, heads, queries, call["key"].shape[-2], dim, call.get("attn_mask") is not None)
 
 
-class _inside:  # noqa: N801 - a context manager
+@contextmanager
+def _inside(sites: Sequence[Site], names: list[str]) -> Iterator[None]:
     """Keep the name of the site whose module runs at the end of a list."""
-
-    def __init__(self, sites: Sequence[Site], names: list[str]) -> None:
-        self._sites, self._names, self._hooks = sites, names, list[Any]()
-
-    def __enter__(self) -> None:
-        for site in self._sites:
-            self._hooks += [
-                site.module.register_forward_pre_hook(lambda *_, name=site.name: self._names.append(name)),
-                site.module.register_forward_hook(lambda *_: self._leave()),
-            ]
-
-    def _leave(self) -> None:
-        self._names.pop()
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
+    hooks = []
+    for site in sites:
+        hooks.append(site.module.register_forward_pre_hook(lambda *_, name=site.name: names.append(name)))
+        hooks.append(site.module.register_forward_hook(lambda *_: _leave(names)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
+
+
+def _leave(names: list[str]) -> None:
+    names.pop()
+
+
+class _FusedNorms(TorchFunctionMode):
+    """Take torch's RMS norm as the one operation that it is on a GPU; on no device it would be five."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.rms_norm, torch.rms_norm):
+            return args[0].clone()  # reads and writes as much
+        return func(*args, **(kwargs or {}))
 
 
 class _Counter(TorchDispatchMode):
@@ -121,7 +132,8 @@ class _Counter(TorchDispatchMode):
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif not func.is_view and packet.__name__ not in _SILENT:
-            self.traffic += sum(map(_bytes, (*_tensors(args), *_tensors(list(kwargs.values())), *made)))
+            read = args[1:] if packet.__name__ == "copy_" else args
+            self.traffic += sum(map(_bytes, (*_tensors(read), *_tensors(list(kwargs.values())), *made)))
         if not func.is_view:
             for tensor in made:
                 self._hold(tensor)
@@ -143,8 +155,11 @@ class _Counter(TorchDispatchMode):
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's own values; one expanded from fewer is read as these."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    """Bytes that pass for a tensor: values expanded from fewer once, values that lie apart with what lies between."""
+    spread = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and step]
+    values, apart = math.prod(size for size, _ in spread), min((step for _, step in spread), default=1)
+    passed = values * tensor.element_size() * min(apart, max(_SECTOR // tensor.element_size(), 1))
+    return min(passed, tensor.untyped_storage().nbytes()) if tensor.numel() else 0
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
