@@ -49,6 +49,8 @@ def measured_case(name: str, recipe_name: str, rows: Sequence[Mapping[str, Any]]
         case=name,
         matmul=seen.work.matmul,
         traffic=seen.work.traffic,
+        our_matmul=seen.ours.matmul,
+        our_traffic=seen.ours.traffic,
         flops=stock.flops,
         sites=len(seen.reached),
         tokens=stock.keys,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,15 @@ def twin(transformer: Any) -> torch.nn.Module:
     """Build a transformer of the same class and configuration, in the same dtype, on no device."""
     with META:
         made = type(transformer).from_config(transformer.config)
-    return cast(made, next(p.dtype for p in transformer.parameters() if p.is_floating_point()))
+    return cast(made, main_dtype(transformer))
+
+
+def main_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Return the dtype of most of a model's floating-point weights; some parts stay in fp32."""
+    size = Counter[torch.dtype]()
+    for weight in model.parameters():
+        size[weight.dtype] += weight.numel() * weight.is_floating_point()
+    return size.most_common(1)[0][0]
 
 
 def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

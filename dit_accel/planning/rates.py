@@ -35,15 +35,17 @@ class Point:
 class Case:
     """One measured model at one size: what its step does, and what it took.
 
-    `matmul`, `traffic`: FLOPs and bytes beside the sites' attention (`work.Work`). `flops`: of one site's dense
-    attention, of which there are `sites`; `tokens`, `heads`, `dim`: its sizes. `slots`, `units`: what its tokens take
-    in our kernel, padding left out, and whether they are `whole`, without holes. `attention_ms` of all sites in the stock step of `stock_ms`; `sdpa_ms` of one
-    without a mask.
+    `matmul`, `traffic`: FLOPs and bytes beside the sites' attention (`work.Work`), `our_matmul`, `our_traffic` those of
+    the accelerated step. `flops`: of one site's dense attention, of which there are `sites`; `tokens`, `heads`, `dim`:
+    its sizes. `slots`, `units`: what its tokens take in our kernel, padding left out, and whether they are `whole`,
+    without holes. `attention_ms` of all sites in the stock step of `stock_ms`; `sdpa_ms` of one without a mask.
     """
 
     case: str
     matmul: float
     traffic: float
+    our_matmul: float
+    our_traffic: float
     flops: float
     sites: int
     tokens: int
@@ -183,6 +185,7 @@ def leave_one_out(cases: Sequence[Case]) -> list[Judged]:
         rest = rates.rest_ms(case.matmul, case.traffic)
         dense = rates.dense_ms(case.flops, case.tokens, case.masked)
         found.append(Judged(case.case, None, case.stock_ms, rest + case.sites * dense))
+        rest = rates.rest_ms(case.our_matmul, case.our_traffic)
         for point in case.points:
             call = case.sparse(point.density)
             spent = rates.kernel_ms(call) + rates.decision_ms(call)

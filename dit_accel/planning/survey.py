@@ -42,7 +42,8 @@ class Survey:
 
     `layout` of the whole sequence, None with the `unknown` reason. `reached`: site -> its calls. `stock`: site -> why a
     call never reaches the engine. `blocked`: site -> why it cannot be accelerated at all. `work` of a forward as it
-    comes, `ours` of one in which all sites but the blocked are run by the engine.
+    comes, `ours` of one in which all sites but the blocked are run by the engine. `text_bytes`: the prompt's keys and
+    values that are kept for cross-attentions.
     """
 
     sites: Sequence[Site]
@@ -53,6 +54,7 @@ class Survey:
     blocked: Mapping[str, str]
     work: Work
     ours: Work
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,18 @@ def survey(given: torch.nn.Module, model: Any, family: Family, recipe: Recipe, a
         ours = count(model, on_meta, attachment.sites)
     finally:
         attachment.detach()
-    return Survey(attachment.sites, layout, unknown, planner.reached, stock, blocked, work, ours)
+    kept = _text_bytes(model, family, arguments)
+    return Survey(attachment.sites, layout, unknown, planner.reached, stock, blocked, work, ours, kept)
 
 
 _EVERY_PAIR = "the plan holds every pair"  # what the ledger writes of a dense plan, which is how `_Notes` runs a call
+
+
+def _text_bytes(model: torch.nn.Module, family: Family, arguments: Arguments) -> int:
+    """Return the bytes of all cross-attentions' keys and values of the prompt, which `TextKV` keeps for a run."""
+    words: torch.Tensor = arguments["encoder_hidden_states"]
+    sites = family.find_cross_sites(model)
+    return sum(2 * words.shape[1] * site.module.to_k.out_features * words.element_size() for site in sites)
 
 
 def _attachment(model: torch.nn.Module, family: Family, recipe: Recipe) -> Attachment:

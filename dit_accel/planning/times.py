@@ -66,7 +66,7 @@ class Clock:
         return call.batch * self.rates.dense_ms(call.flops / call.batch, call.keys, call.masked)
 
     def sparse_ms(self, one: Treatment) -> float:
-        """Return the time of a sparse call and its decision; UnmeasuredError where the recipe does what was not timed."""
+        """Return the time of a sparse call and its decision; UnmeasuredError where more than these is done."""
         assert one.call is not None
         why = _untimed(one.recipe)
         if why or one.density is None:

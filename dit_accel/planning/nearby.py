@@ -1,0 +1,56 @@
+"""Sizes near the asked one at which tiles fill up: fewer holes for our kernel to compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..config import Recipe, TileOrder
+from ..layout import Grid
+from ..sparsity.orders import Shape, fit_tile
+
+REACH = 0.15  # of each side, and of all pixels
+LESS = 0.02  # of the slots a token, or a size is no better
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A grid of tokens and how many slots its tiles take, in all and a token."""
+
+    grid: Shape
+    tile: Shape
+    slots: float
+
+
+def fit(grid: Shape, order: TileOrder) -> Fit:
+    """Return how well a grid fills its tiles."""
+    tile = fit_tile(grid, order.picture if grid[0] == 1 else order.video)
+    rounded = [-(-n // side) * side for n, side in zip(grid, tile, strict=True)]
+    return Fit(grid, tile, math.prod(rounded) / math.prod(grid))
+
+
+def better(main: Grid, recipe: Recipe, most: int = 3) -> list[Fit]:
+    """Return grids of about as many tokens that take fewer slots, in all and a token; none where nothing lies in tiles.
+
+    The nearest comes first, and each wastes less than those before it.
+    """
+    if not isinstance(recipe.order, TileOrder):
+        return []
+    here, found = fit(main.shape, recipe.order), list[tuple[float, Fit]]()
+    frames = _near(main.frames) if here.tile[0] > 1 else [main.frames]
+    for grid in ((f, h, w) for f in frames for h in _near(main.height) for w in _near(main.width)):
+        ratio, made = math.prod(grid) / main.length, fit(grid, recipe.order)
+        if abs(ratio - 1) <= REACH and made.slots * ratio < here.slots:
+            far = sum(abs(math.log(n / of)) for n, of in zip(grid, main.shape, strict=True))
+            found.append((far, made))
+    kept, best = list[Fit](), here.slots - LESS
+    for _, made in sorted(found, key=lambda pair: pair[0]):
+        if made.slots < best and len(kept) < most:
+            kept.append(made)
+            best = made.slots - LESS
+    return kept
+
+
+def _near(side: int) -> range:
+    reach = max(1, round(side * REACH)) if side > 1 else 0
+    return range(max(1, side - reach), side + reach + 1)
