@@ -15,21 +15,25 @@ LESS = 0.02  # of the slots a token, or a size is no better
 
 @dataclass(frozen=True)
 class Fit:
-    """A grid of tokens and how many slots its tiles take, in all and a token."""
+    """A grid of tokens and how many slots its tiles take."""
 
     grid: Shape
     tile: Shape
-    slots: float
+    slots: int
+
+    @property
+    def padding(self) -> float:
+        """Slots a token."""
+        return self.slots / math.prod(self.grid)
 
 
 def fit(grid: Shape, order: TileOrder) -> Fit:
     """Return how well a grid fills its tiles."""
     tile = fit_tile(grid, order.picture if grid[0] == 1 else order.video)
-    rounded = [-(-n // side) * side for n, side in zip(grid, tile, strict=True)]
-    return Fit(grid, tile, math.prod(rounded) / math.prod(grid))
+    return Fit(grid, tile, math.prod(-(-n // side) * side for n, side in zip(grid, tile, strict=True)))
 
 
-def better(main: Grid, recipe: Recipe, most: int = 3) -> list[Fit]:
+def better(main: Grid, recipe: Recipe, most: int = 2) -> list[Fit]:
     """Return grids of about as many tokens that take fewer slots, in all and a token; none where nothing lies in tiles.
 
     The nearest comes first, and each wastes less than those before it.
@@ -39,15 +43,15 @@ def better(main: Grid, recipe: Recipe, most: int = 3) -> list[Fit]:
     here, found = fit(main.shape, recipe.order), list[tuple[float, Fit]]()
     frames = _near(main.frames) if here.tile[0] > 1 else [main.frames]
     for grid in ((f, h, w) for f in frames for h in _near(main.height) for w in _near(main.width)):
-        ratio, made = math.prod(grid) / main.length, fit(grid, recipe.order)
-        if abs(ratio - 1) <= REACH and made.slots * ratio < here.slots:
+        made = fit(grid, recipe.order)
+        if abs(math.prod(grid) / main.length - 1) <= REACH and made.slots < here.slots:
             far = sum(abs(math.log(n / of)) for n, of in zip(grid, main.shape, strict=True))
             found.append((far, made))
-    kept, best = list[Fit](), here.slots - LESS
+    kept, best = list[Fit](), here.padding - LESS
     for _, made in sorted(found, key=lambda pair: pair[0]):
-        if made.slots < best and len(kept) < most:
+        if made.padding < best and len(kept) < most:
             kept.append(made)
-            best = made.slots - LESS
+            best = made.padding - LESS
     return kept
 
 

@@ -201,12 +201,14 @@ def mean_error(judged: Iterable[Judged]) -> float:
 def costs(work: Sequence[tuple[float, float]], ms: Sequence[float]) -> tuple[float, float]:
     """Solve ms = work · costs for two costs of at least 0, every row counting by its relative error."""
     rows = np.array(work) / np.array(ms)[:, None]
+    size, best = rows.max(0), (np.inf, np.zeros(2))
     for used in ([0, 1], [0], [1]):
         found = np.zeros(2)
-        found[used] = np.linalg.lstsq(rows[:, used] / (size := rows[:, used].max(0)), np.ones(len(rows)))[0] / size
-        if (found >= 0).all():
-            break
-    return float(found[0]), float(found[1])
+        found[used] = np.linalg.lstsq(rows[:, used] / size[used], np.ones(len(rows)))[0] / size[used]
+        missed = float(np.square(rows @ found - 1).sum())
+        if (found >= 0).all() and missed < best[0]:
+            best = (missed, found)
+    return float(best[1][0]), float(best[1][1])
 
 
 def _kernel(rows: Sequence[tuple[Sparse, Point]], whole: bool) -> tuple[float, float]:

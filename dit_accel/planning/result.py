@@ -80,7 +80,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Size:
-    """A size nearby whose sparse attention wastes less: `slots` a token says how much the kernel pads.
+    """A size nearby whose sparse attention wastes less: `padding`: slots a token that the kernel computes.
 
     `mean_ms` as in `Times`, None where nothing was measured.
     """
@@ -89,7 +89,7 @@ class Size:
     width: int
     frames: int | None
     tokens: int
-    slots: float
+    padding: float
     mean_ms: float | None
     why: str
 

@@ -13,6 +13,7 @@ from ..config import Recipe
 from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..report import ranges
+from ..sparsity.correct import MEASURES
 from ..sparsity.crossover import crossover_tokens
 from ..sparsity.recipes import resolve
 from ..sparsity.state import state_bytes
@@ -20,7 +21,7 @@ from .models import main_dtype
 from .nearby import Fit, better
 from .result import Memory, Row, RunPlan, Size, Times
 from .subject import Subject, subject
-from .survey import Survey, Treatment, notes, survey, treatments
+from .survey import Survey, Treatment, notes, plan_bytes, survey, treatments
 from .target import CPU, Target, target
 from .times import Clock, UnmeasuredError
 
@@ -51,9 +52,11 @@ def plan(
     Raises ConfigError and UnsupportedError.
     """
     settled = resolve(recipe, **overrides)
-    for name, value in (("steps", steps), ("text_length", text_length)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: must be at least 1, got {value}.")
+    counts = {"height": height, "width": width, "frames": frames, "steps": steps, "text_length": text_length}
+    for name, value in counts.items():
+        optional = value is None and name not in ("height", "width")
+        if not optional and (type(value) is not int or value < 1):
+            raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}.")
     made = subject(model)
     where = target(device, made.device)
     cells = made.cells(height, width, frames)
@@ -134,8 +137,10 @@ class _Planning:
             call = one.call
             kept = state_bytes(one.recipe, call.layout, call.batch, call.heads, call.dim, size)
             state[one.site.name] = max(state[one.site.name], kept)
+        shared = {(t.recipe, t.call): t for t in treated if t.call is not None and not t.reason}
+        plans = sum(plan_bytes(recipe, call.layout, call.heads) for recipe, call in shared if call is not None)
         activations = max(seen.work.peak, seen.ours.peak)
-        return Memory(self.subject.weights, activations, sum(state.values()), seen.text_bytes)
+        return Memory(self.subject.weights, activations, sum(state.values()) + plans, seen.text_bytes)
 
     def _notes(self, seen: Survey, treated: Sequence[Treatment], times: Times | None) -> tuple[str, ...]:
         found = dict[str, None]()
@@ -175,9 +180,9 @@ class _Planning:
         there = self.described(seen, height, width, frames)
         ms = None if there.times is None else there.times.mean_ms
         tile = "x".join(map(str, one.tile))
-        why = f"{one.slots:.2f} slots a token in tiles of {tile}"
+        why = f"{one.padding:.2f} slots a token in tiles of {tile}"
         tokens = layout.length if seen.layout is None else seen.layout.length
-        return Size(height, width, frames, tokens, one.slots, ms, why)
+        return Size(height, width, frames, tokens, one.padding, ms, why)
 
 
 def _rows(treated: Sequence[Treatment], steps: int) -> list[Row]:
@@ -212,7 +217,9 @@ def _overall(treated: Sequence[Treatment], layout: TokenLayout | None) -> float 
     """Return the density over all calls, dense ones counted as 1; None where the attention decides some."""
     computed = possible = 0.0
     for one in treated:
-        here = layout if one.call is None else one.call.layout
+        here = layout  # by which the engine counts a call that its planner did not see
+        if one.call is not None and one.reason in ("", MEASURES):
+            here = one.call.layout
         pairs = 1.0 if here is None else float(here.length**2)
         if one.density is None:
             return None

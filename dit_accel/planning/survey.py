@@ -164,10 +164,10 @@ def treatments(seen: Survey, recipe: Recipe, steps: int, device: torch.device) -
             here = planner.recipe_at(site, step)
             if site.name in seen.blocked:
                 continue
-            reasons = seen.stock.get(site.name, ()) if seen.layout is not None else (seen.unknown,)
-            found += [Treatment(site, index, None, reason, here) for reason in reasons]
+            found += [Treatment(site, index, None, reason, here) for reason in seen.stock.get(site.name, ())]
             for call in seen.reached.get(site.name, ()):
-                reason = planner.dense_reason(site, step, call.layout, device)
+                assert seen.layout is not None  # else the engine would have kept the call
+                reason = planner.dense_reason(site, step, seen.layout, device)  # as hosts ask: of the whole sequence
                 reason = reason or _measures(here, site, index, measured)
                 density = 1.0 if reason else expected_density(here, call.layout, call.heads)
                 found.append(Treatment(site, index, call, reason, here, density))
@@ -189,6 +189,11 @@ def expected_density(recipe: Recipe, layout: TokenLayout, heads: int) -> float |
     if recipe.content_driven:
         return budget_density(recipe, layout)
     return float(_by_place(recipe, layout, heads).density())
+
+
+def plan_bytes(recipe: Recipe, layout: TokenLayout, heads: int) -> int:
+    """Return the bytes of a plan by place, which all sites share; 0 where the content decides."""
+    return 0 if recipe.content_driven else _by_place(recipe, layout, heads).nbytes
 
 
 def notes(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
