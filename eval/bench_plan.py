@@ -1,9 +1,10 @@
 """Hold a plan's time model against the step benchmark, leave-one-out, and write the table it reads.
 
-    python -m dit_accel.eval.bench_plan [--results FOLDER] [--out dit_accel/planning/measured.json]
+    python -m dit_accel.eval.bench_plan [--results FOLDER] [--set KEY=VALUE...] [--out FILE]
 
 Reads `step_*.json` of `eval/bench_step.py`, counts on no device what each of its cases does, and models every step of a
-case from the rows of all other cases alone. Runs anywhere. A GPU needs three cases at least.
+case from the rows of all other cases alone. Runs anywhere. A GPU needs three cases at least. `--set` gives settings
+that the measured recipe had when it was measured, where it has others today.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dit_accel.config import Recipe
 from dit_accel.errors import ConfigError
 from dit_accel.eval.modelled import RESULTS, step_results
 from dit_accel.eval.step_cases import CASES
 from dit_accel.hosts import family_of
+from dit_accel.pipelines.cli import parse_overrides
 from dit_accel.planning.models import true_twin
 from dit_accel.planning.rates import TABLE, Case, Judged, Point, device, leave_one_out, mean_error
 from dit_accel.planning.survey import survey
@@ -34,11 +37,11 @@ LEAST_CASES = 3
 SOURCE = ("torch", "triton", "diffusers", "commit", "date")
 
 
-def measured_case(name: str, recipe_name: str, rows: Sequence[Mapping[str, Any]]) -> Case:
+def measured_case(name: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> Case:
     """Put what a case of the step benchmark does beside what its rows say it took."""
     case = next(case for case in CASES if case.name == name)
     model = true_twin(case.model, torch.bfloat16)
-    family, recipe = family_of(model), resolve(recipe_name)
+    family = family_of(model)
     assert family is not None
     seen = survey(model, model, family, recipe, case.inputs(torch.device("cpu"), torch.bfloat16))
     (call,) = {calls[0] for calls in seen.reached.values()}
@@ -67,15 +70,17 @@ def measured_case(name: str, recipe_name: str, rows: Sequence[Mapping[str, Any]]
     )
 
 
-def measured_device(data: Mapping[str, Any]) -> dict[str, Any]:
+def measured_device(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Turn one result of the step benchmark into an entry of the plan's table."""
     names = list(dict.fromkeys(row["case"] for row in data["rows"]))
     if len(names) < LEAST_CASES:
         raise ConfigError(f"{data['gpu']}: {len(names)} cases were measured, but leaving one out needs {LEAST_CASES}.")
-    cases = [measured_case(n, data["recipe"], [row for row in data["rows"] if row["case"] == n]) for n in names]
+    recipe = resolve(data["recipe"], **settings)
+    cases = [measured_case(n, recipe, [row for row in data["rows"] if row["case"] == n]) for n in names]
     return {
         "gpu": data["gpu"],
         "recipe": data["recipe"],
+        "settings": dict(settings),
         "source": {key: data[key] for key in SOURCE},
         "cases": [asdict(case) for case in cases],
     }
@@ -99,10 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the step benchmark's results")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe when measured"
+    )
     options = parser.parse_args(argv)
+    settings = parse_overrides(None, options.set)
     console, made = Console(width=110), {}
     for file, data in step_results(options.results):
-        made[file.stem.removeprefix("step_")] = entry = measured_device(data)
+        made[file.stem.removeprefix("step_")] = entry = measured_device(data, settings)
         console.print(error_table(data["gpu"], leave_one_out(device("", entry).cases)))
     if not made:
         raise SystemExit(f"{options.results} holds no step_*.json of eval/bench_step.py")

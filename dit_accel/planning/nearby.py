@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..config import Recipe, TileOrder
 from ..layout import Grid
+from ..sparsity import orders
 from ..sparsity.orders import Shape, fit_tile
 
 REACH = 0.15  # of each side, and of all pixels
@@ -30,7 +31,8 @@ class Fit:
 def fit(grid: Shape, order: TileOrder) -> Fit:
     """Return how well a grid fills its tiles."""
     tile = fit_tile(grid, order.picture if grid[0] == 1 else order.video)
-    return Fit(grid, tile, math.prod(-(-n // side) * side for n, side in zip(grid, tile, strict=True)))
+    cut = orders.packed if order.packed else orders.tile
+    return Fit(grid, tile, len(cut(grid, tile)) * math.prod(tile))
 
 
 def better(main: Grid, recipe: Recipe, most: int = 2) -> list[Fit]:

@@ -67,11 +67,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Device:
-    """The measured cases of one GPU, and where they come from."""
+    """The measured cases of one GPU, the recipe they ran with (`settings` it had other than today), and the source."""
 
     name: str
     gpu: str
     recipe: str
+    settings: Mapping[str, Any]
     source: Mapping[str, str]
     cases: tuple[Case, ...]
 
@@ -174,7 +175,7 @@ def devices() -> dict[str, Device]:
 def device(name: str, data: Mapping[str, Any]) -> Device:
     """Read one device of the table."""
     cases = tuple(Case(**{**case, "points": tuple(Point(**p) for p in case["points"])}) for case in data["cases"])
-    return Device(name, data["gpu"], data["recipe"], data["source"], cases)
+    return Device(name, data["gpu"], data["recipe"], data["settings"], data["source"], cases)
 
 
 def leave_one_out(cases: Sequence[Case]) -> list[Judged]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -79,7 +80,10 @@ class _Planning:
         s = self.subject
         text = s.inputs.text if self.text is None else self.text
         arguments = s.inputs.make(s.twin.config, cells, text, CPU, main_dtype(s.twin))
-        return survey(s.given, s.twin, s.family, self.recipe, arguments)
+        try:
+            return survey(s.given, s.twin, s.family, self.recipe, arguments)
+        except RuntimeError as error:  # such as a size beyond the positions that the model knows
+            raise ConfigError(f"{s.name} itself does not run at this size: {str(error).splitlines()[0]}.") from error
 
     def described(self, seen: Survey, height: int, width: int, frames: int | None) -> RunPlan:
         """Put everything but other sizes together."""
@@ -167,7 +171,10 @@ class _Planning:
         if not sparse or seen.layout is None:
             return ()
         main = seen.layout.main
-        made = [self._size(one, seen.layout, here.frames) for one in better(main, sparse[-1].recipe)]
+        made = list[Size]()
+        for one in better(main, sparse[-1].recipe):
+            with suppress(ConfigError):  # what the model does not run at is no size to name
+                made.append(self._size(one, seen.layout, here.frames))
         ms = None if here.times is None else here.times.mean_ms
         return tuple(size for size in made if ms is None or size.mean_ms is None or size.mean_ms < ms)
 

@@ -78,9 +78,9 @@ class Clock:
         return one.call.batch * (self.rates.kernel_ms(call) + decided)
 
     def decides_alike(self, recipe: Recipe) -> bool:
-        """Say whether a recipe decides as the measured one does."""
-        base = resolve(self.device.recipe)
-        return (recipe.order, recipe.score, recipe.select.kind) == (base.order, base.score, base.select.kind)
+        """Say whether a recipe decides as the measured one does, on units of whatever size."""
+        base = resolve(self.device.recipe, **self.device.settings)
+        return (recipe.order.kind, recipe.score, recipe.select.kind) == (base.order.kind, base.score, base.select.kind)
 
     def step_ms(self, seen: Survey, treated: Sequence[Treatment]) -> float:
         """Return the time of one step whose calls are treated so; UnmeasuredError as of its parts."""
