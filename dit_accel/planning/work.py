@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ..call import Site
 from ..hosts.generic import Intercept
@@ -118,7 +117,10 @@ class _Counter(TorchDispatchMode):
     """Add up what every operation does: FLOPs by torch's own formulas, else the bytes it reads and writes."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
+        from torch.utils.flop_counter import flop_registry  # it imports triton
+
         super().__init__()
+        self._formulas = flop_registry
         self.flops, self.traffic, self.peak = 0.0, 0.0, 0
         self._held, self._alive = 0, dict[int, weakref.ref[Any]]()
         for tensor in _tensors(list(arguments.values())):
@@ -129,8 +131,8 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         made = list(_tensors(out))
         packet = func._overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet in self._formulas:
+            self.flops += self._formulas[packet](*args, **kwargs, out_val=out)
         elif not func.is_view and packet.__name__ not in _SILENT:
             read = args[1:] if packet.__name__ == "copy_" else args
             self.traffic += sum(map(_bytes, (*_tensors(read), *_tensors(list(kwargs.values())), *made)))
