@@ -41,6 +41,7 @@ def transformer(make: Callable[[], tuple[Any, Any]]) -> Any:
 TINY: dict[str, tuple[Callable[[], tuple[Any, Any]], Cells, int]] = {
     "flux": (tiny.flux, (1, 17, 13), 16),
     "wan": (tiny.wan, (3, 20, 12), 16),
+    "wan-image": (tiny.wan_image, (3, 20, 12), 512),
     "hunyuan": (tiny.hunyuan_video, (3, 22, 14), 16),
     "cogvideox": (tiny.cogvideox, (3, 20, 12), 16),
     "cogvideox-rotary": (tiny.cogvideox_rotary, (3, 20, 12), 16),
@@ -211,6 +212,15 @@ def test_a_site_that_cannot_be_accelerated_is_untouched_with_its_reason() -> Non
     plan = planned(model, (1, 17, 13), 16, recipe="draft", density=0.5)
     assert list(plan.untouched) == ["transformer_blocks.0.attn"]
     assert {row.group for row in plan.rows} == {"single_transformer_blocks"}
+
+
+def test_of_several_transformers_the_first_is_planned_and_all_are_weighed() -> None:
+    pipe, _ = tiny.wan_two_experts()
+    both = dit_accel.plan(pipe, height=80, width=48, frames=9, recipe="draft", density=0.5, device="cpu")
+    one = dit_accel.plan(pipe.transformer, height=160, width=96, frames=9, recipe="draft", density=0.5, device="cpu")
+    assert both.memory.weights == 2 * one.memory.weights
+    assert any("the first is planned" in note for note in both.notes)
+    assert not any("the first is planned" in note for note in one.notes)
 
 
 def test_a_rule_by_mass_has_no_density_before_the_run() -> None:

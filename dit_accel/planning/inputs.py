@@ -13,6 +13,9 @@ Arguments = dict[str, Any]
 Make = Callable[[Any, Cells, int, torch.device, torch.dtype], Arguments]
 
 
+_PICTURE_TOKENS = 257  # of CLIP's picture encoder, which Wan 2.1's image to video uses
+
+
 @dataclass(frozen=True)
 class Inputs:
     """How one family's forward is called, with what its usual VAE and prompt make of pixels and words.
@@ -30,12 +33,16 @@ class Inputs:
 
 
 def wan(config: Any, cells: Cells, text: int, device: torch.device, dtype: torch.dtype) -> Arguments:
-    """Video latents [1, C, F, H, W]; text goes to cross-attention."""
-    return {
+    """Video latents [1, C, F, H, W]; text, and the picture where the model takes one, go to cross-attention."""
+    arguments = {
         "hidden_states": torch.randn(1, config["in_channels"], *cells, device=device, dtype=dtype),
         "timestep": torch.tensor([500.0], device=device),
         "encoder_hidden_states": torch.randn(1, text, config["text_dim"], device=device, dtype=dtype),
     }
+    if config.get("image_dim"):
+        picture = (1, _PICTURE_TOKENS, config["image_dim"])
+        arguments["encoder_hidden_states_image"] = torch.randn(picture, device=device, dtype=dtype)
+    return arguments
 
 
 def hunyuan(config: Any, cells: Cells, text: int, device: torch.device, dtype: torch.dtype) -> Arguments:

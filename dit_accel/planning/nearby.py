@@ -10,7 +10,7 @@ from ..layout import Grid
 from ..sparsity import orders
 from ..sparsity.orders import Shape, fit_tile
 
-REACH = 0.15  # of each side, and of all pixels
+REACH, MOST = 0.15, 8  # how far a side may go, as a share and in tokens; the share is that of all tokens, too
 LESS = 0.02  # of the slots a token, or a size is no better
 
 
@@ -43,10 +43,11 @@ def better(main: Grid, recipe: Recipe, most: int = 2) -> list[Fit]:
     if not isinstance(recipe.order, TileOrder):
         return []
     here, found = fit(main.shape, recipe.order), list[tuple[float, Fit]]()
+    if here.padding - LESS < 1:
+        return []  # there is nothing to gain
     frames = _near(main.frames) if here.tile[0] > 1 else [main.frames]
     for grid in ((f, h, w) for f in frames for h in _near(main.height) for w in _near(main.width)):
-        made = fit(grid, recipe.order)
-        if abs(math.prod(grid) / main.length - 1) <= REACH and made.slots < here.slots:
+        if abs(math.prod(grid) / main.length - 1) <= REACH and (made := fit(grid, recipe.order)).slots < here.slots:
             far = sum(abs(math.log(n / of)) for n, of in zip(grid, main.shape, strict=True))
             found.append((far, made))
     kept, best = list[Fit](), here.padding - LESS
@@ -58,5 +59,5 @@ def better(main: Grid, recipe: Recipe, most: int = 2) -> list[Fit]:
 
 
 def _near(side: int) -> range:
-    reach = max(1, round(side * REACH)) if side > 1 else 0
+    reach = min(MOST, max(1, round(side * REACH))) if side > 1 else 0
     return range(max(1, side - reach), side + reach + 1)

@@ -14,7 +14,7 @@ from ..errors import ConfigError, UnsupportedError, nearest
 from ..hosts import Family, all_families
 from ..hosts.geometry import patch
 from .inputs import INPUTS, Cells, Inputs
-from .models import META, MODELS, skeleton, true_twin, twin
+from .models import MODELS, skeleton, true_twin, twin
 from .sizes import check_frames, check_side, space_scale, time_scale
 
 STEPS = 50
@@ -109,9 +109,10 @@ def _held(model: Any, name: str) -> Subject:
     space, time = inputs.space, inputs.time
     if not isinstance(model, torch.nn.Module):
         space, time = space_scale(model), time_scale(model) if inputs.time else None
-    made = given if next(given.parameters()).device == META else twin(given)
     weights = sum(map(_bytes, found.values()))
-    return Subject(name, given, made, family, inputs, space * inputs.packed, time, STEPS, weights, len(found) > 1)
+    return Subject(
+        name, given, twin(given), family, inputs, space * inputs.packed, time, STEPS, weights, len(found) > 1
+    )
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -136,9 +136,13 @@ _EVERY_PAIR = "the plan holds every pair"  # what the ledger writes of a dense p
 
 def _text_bytes(model: torch.nn.Module, family: Family, arguments: Arguments) -> int:
     """Return the bytes of all cross-attentions' keys and values of the prompt, which `TextKV` keeps for a run."""
-    words: torch.Tensor = arguments["encoder_hidden_states"]
-    sites = family.find_cross_sites(model)
-    return sum(2 * words.shape[1] * site.module.to_k.out_features * words.element_size() for site in sites)
+    total = 0
+    for name, projection in (("encoder_hidden_states", "to_k"), ("encoder_hidden_states_image", "add_k_proj")):
+        if name in arguments:
+            words: torch.Tensor = arguments[name]
+            widths = [getattr(site.module, projection).out_features for site in family.find_cross_sites(model)]
+            total += 2 * words.shape[1] * sum(widths) * words.element_size()
+    return total
 
 
 def _attachment(model: torch.nn.Module, family: Family, recipe: Recipe) -> Attachment:
