@@ -61,7 +61,8 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 def _tables(rotary: tuple[torch.Tensor, torch.Tensor], _: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The values that `_rotate` takes, by pair [S, D / 2]."""
-    return rotary[0][0, :, 0, 0::2], rotary[1][0, :, 0, 1::2], 0
+    cos, sin = (table.squeeze((0, 2)) for table in rotary)
+    return cos[..., 0::2], sin[..., 1::2], 0
 
 
 def cross_attention(
