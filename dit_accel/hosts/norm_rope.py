@@ -27,8 +27,8 @@ class Rotate(Protocol):
 class Rotation:
     """A family's rotation: as it computes it itself, and as `qk_norm_rope` wants it told.
 
-    `tables(rotary, tokens)` gives cos and sin of neighbouring channels, by channel or pair, and the first rotated token.
-    `partly`: other tokens are left as they are, else the tables must have a row for each.
+    `tables(rotary, tokens)` gives cos and sin of neighbouring channels, by channel or pair, and the first token they
+    rotate. `partly`: other tokens are left as they are, else the tables must have a row for each.
     """
 
     turn: Rotate

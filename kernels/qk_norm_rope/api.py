@@ -37,8 +37,9 @@ class Part:
 class Norm:
     """How each query and key is normalised: by its root mean square, or to mean 0 and variance 1 ("layer").
 
-    `across_heads` takes the H * D numbers of a token as one vector, else each head is one. `rounds_first` rounds to the
-    tensors' dtype before the weight, after it, and after the bias, as diffusers' RMSNorm does; torch's norms round once.
+    `across_heads` takes the H * D numbers of a token as one vector, else each head is one. `rounds_first` rounds to
+    the tensors' dtype before the weight, after it and after the bias, as diffusers' RMSNorm does; torch's norms round
+    once.
     """
 
     kind: Literal["rms", "layer"] = "rms"
@@ -160,7 +161,7 @@ def _check_tables(parts: Sequence[Part], cos: Tensor | None, sin: Tensor | None,
     if cos is None and sin is None:
         return
     if cos is None or sin is None:
-        raise ValueError(f"{'sin' if cos is not None else 'cos'} is given alone; expected cos and sin, or neither")
+        raise ValueError(f"{'sin' if cos is None else 'cos'} is given alone; expected cos and sin, or neither")
     dim, device = parts[0].q.shape[3], parts[0].q.device
     total = sum(part.q.shape[1] for part in parts)
     for name, table in (("cos", cos), ("sin", sin)):

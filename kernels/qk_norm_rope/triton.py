@@ -40,7 +40,7 @@ def _rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def _members(at, stride, real, D: tl.constexpr, D_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second channel of each pair, fp32 [ROWS, D_PAD / 2] each; rows begin at the pointers [ROWS, 1]."""
+    """The first and the second channel of each pair, fp32 [ROWS, D_PAD / 2] each, of rows that begin at `at`."""
     HALF: tl.constexpr = D_PAD // 2
     if INTERLEAVED:  # read side by side, for the sake of wide loads
         d = tl.arange(0, D_PAD)[None, :]
@@ -54,9 +54,7 @@ def _members(at, stride, real, D: tl.constexpr, D_PAD: tl.constexpr, INTERLEAVED
 
 
 @triton.jit
-def _table(
-    at, stride, real, D: tl.constexpr, D_PAD: tl.constexpr, INTERLEAVED: tl.constexpr, BY_CHANNEL: tl.constexpr
-):
+def _table(at, stride, real, D: tl.constexpr, D_PAD: tl.constexpr, INTERLEAVED: tl.constexpr, BY_CHANNEL: tl.constexpr):
     """One token's cos or sin for both members of each pair, [1, D_PAD / 2] each."""
     if BY_CHANNEL:
         first, second = _members(at, stride, real, D, D_PAD, INTERLEAVED)
