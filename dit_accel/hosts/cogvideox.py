@@ -46,7 +46,7 @@ def attention(
     q, k, v = projected(attn, joint, fused=type(original).__name__.startswith("Fused"))
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
     parts = [Projected(q, k, v, attn.norm_q, attn.norm_k)]
-    out = run_sparse(host, site, parts, Rotation(_rotate, _tables, partly=True), image_rotary_emb, _dense)
+    out = run_sparse(host, site, parts, ROTATION, image_rotary_emb, _dense)
     out = attn.to_out[1](attn.to_out[0](out))
     return out[:, words:], out[:, :words]
 
@@ -61,6 +61,9 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 def _tables(rotary: tuple[torch.Tensor, torch.Tensor], tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     return *rotary, tokens - rotary[0].shape[0]
+
+
+ROTATION = Rotation(_rotate, _tables, partly=True)
 
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -76,8 +76,7 @@ def attention(
         return run_dense(host, site, hidden_states, reason, stock)
     parts = _project(attn, hidden_states, encoder_hidden_states[:, : words - padding])
     dense = partial(dispatch, original, mask=None if padding else attention_mask)
-    rotation = Rotation(_rotate, from_the_first, partly=True)
-    out = run_sparse(host, site, parts, rotation, image_rotary_emb, dense, layout, bias, attention_mask)
+    out = run_sparse(host, site, parts, ROTATION, image_rotary_emb, dense, layout, bias, attention_mask)
     return _project_out(attn, out[:, :cells], F.pad(out[:, cells:], (0, 0, 0, padding)))
 
 
@@ -132,6 +131,9 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         return x
     cells = rotary[0].shape[0]
     return torch.cat([rotate_pairs(x[:, :cells], rotary), x[:, cells:]], 1)
+
+
+ROTATION = Rotation(_rotate, from_the_first, partly=True)
 
 
 def _project_out(attn: Any, cells: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,7 +43,7 @@ def attention(
         return run_dense(host, site, hidden_states, reason, stock)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in projected(attn, hidden_states, fused=_fused(attn)))
     parts = [Projected(q, k, v, attn.norm_q, attn.norm_k, across_heads=True)]
-    out = run_sparse(host, site, parts, Rotation(_rotate, _tables), rotary_emb, partial(dispatch, original))
+    out = run_sparse(host, site, parts, ROTATION, rotary_emb, partial(dispatch, original))
     return _project_out(attn, out)
 
 
@@ -63,6 +63,9 @@ def _tables(rotary: tuple[torch.Tensor, torch.Tensor], _: int) -> tuple[torch.Te
     """The values that `_rotate` takes, by pair [S, D / 2]."""
     cos, sin = (table.squeeze((0, 2)) for table in rotary)
     return cos[..., 0::2], sin[..., 1::2], 0
+
+
+ROTATION = Rotation(_rotate, _tables)
 
 
 def cross_attention(
