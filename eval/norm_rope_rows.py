@@ -126,7 +126,7 @@ class Call:
 
 
 def norm_rope_rows(case: Case, device: torch.device) -> Iterator[Timed]:
-    """Stock, stock compiled (on CUDA), and our back ends; each may err twice as much as stock does, sums in fp32 aside."""
+    """Stock, stock compiled (on CUDA), and our back ends; each may err twice as much as stock, sums aside."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     call = Call(case, device, dtype)
     ways: dict[str, Callable[[], Two]] = {"stock": call.stock}
