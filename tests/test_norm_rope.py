@@ -20,6 +20,7 @@ from dit_accel.hosts.own import PAIRS
 from dit_accel.kernels.choice import prefer
 
 FAMILIES = ["flux", "wan_two_experts", "hunyuan_video", "cogvideox", "cogvideox_rotary"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -41,7 +42,7 @@ class Watch(TorchFunctionMode):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
-    """Let hosts take the fused pass on a CPU, and write down how many parts each pass had.
+    """Let hosts take the fused pass on any device, and write down how many parts each pass had.
 
     The operation runs in torch, because Triton's interpreter takes seconds; a parameter "triton" runs it there.
     """
@@ -63,7 +64,7 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str,
     for part, module in pipe.transformer.named_modules():
         if part.rsplit(".", 1)[-1].startswith("norm_") and getattr(module, "weight", None) is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    pipe.to(dtype)
+    pipe.to(DEVICE, dtype)
     if hasattr(pipe.transformer, "rope"):
         pipe.transformer.rope.float()
     return pipe, call
@@ -92,7 +93,11 @@ def seen_by_stock(pipe: Any, call: dict[str, Any], like: torch.Tensor) -> Pairs:
 
 
 def check_like_stock(name: str, dtype: torch.dtype, calls: list[int]) -> None:
-    """At the first site what comes in is equal, and so are all roundings; later ones inherit what attention rounds."""
+    """At the first site what comes in is equal, and so are all roundings; later ones inherit what attention rounds.
+
+    On a GPU products of another length may round otherwise too: our HunyuanVideo projects no padding.
+    """
+    exact = DEVICE == "cpu"
     pipe, call = built(name, dtype)
     ours = seen_by_us(pipe, call)
     assert len(calls) == len(ours) > 0
@@ -103,9 +108,9 @@ def check_like_stock(name: str, dtype: torch.dtype, calls: list[int]) -> None:
             assert got.dtype == expected.dtype == dtype
             off = (got != expected).float().mean()
             if dtype == torch.float32:
-                torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 if exact else 1e-4)
             else:
-                assert off < (1e-3 if at == 0 else 2e-2)
+                assert off < (1e-3 if at == 0 and exact else 2e-2)
                 torch.testing.assert_close(got, expected, rtol=2**-6, atol=2e-2)
 
 
@@ -168,16 +173,19 @@ CHANGES: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
 
 
 def projected(dtype: torch.dtype = torch.float32) -> Projected:
-    q, k, v = torch.randn(3, 2, 5, 3, 16, dtype=dtype)
-    norms = [torch.nn.RMSNorm(16, eps=1e-6, dtype=dtype).requires_grad_(False) for _ in range(2)]
+    q, k, v = torch.randn(3, 2, 5, 3, 16, dtype=dtype, device=DEVICE)
+    norms = [torch.nn.RMSNorm(16, eps=1e-6, dtype=dtype, device=DEVICE).requires_grad_(False) for _ in range(2)]
     return Projected(q, k, v, *norms)
 
 
 def test_an_unknown_norm_is_run_itself() -> None:
     """Every change keeps the fused pass away; without one it is taken, through `prefer` alone."""
-    rotary = (torch.randn(5, 16), torch.randn(5, 16))
+    rotary = (torch.randn(5, 16, device=DEVICE), torch.randn(5, 16, device=DEVICE))
     part = projected()
-    assert fused([part], PAIRS, rotary) is None  # off CUDA
+    with prefer("reference"):
+        assert fused([part], PAIRS, rotary) is None
+    if DEVICE == "cpu":
+        assert fused([part], PAIRS, rotary) is None
     with prefer("triton"):
         turned = fused([part], PAIRS, rotary)
         assert turned is not None
@@ -186,23 +194,23 @@ def test_an_unknown_norm_is_run_itself() -> None:
             torch.testing.assert_close(got, expected)
         for change, make in CHANGES.items():
             part = projected()
-            changed = Projected(part.q, part.k, part.v, part.norm_q, make(part.norm_k))
+            changed = Projected(part.q, part.k, part.v, part.norm_q, make(part.norm_k).to(DEVICE))
             assert fused([changed], PAIRS, rotary) is None, change
             assert fused([part, changed], PAIRS, rotary) is None, change
-        with torch.autocast("cpu"):
+        with torch.autocast(DEVICE):
             assert fused([projected()], PAIRS, rotary) is None
         part = projected(torch.float64)
         assert fused([part], PAIRS, rotary) is None
 
 
 def test_tables_that_do_not_fit_are_left_to_stock() -> None:
-    part, table = projected(), torch.randn(5, 16)
+    part, table, longer = projected(), torch.randn(5, 16, device=DEVICE), torch.randn(6, 16, device=DEVICE)
     partly = Rotation(PAIRS.turn, from_the_first, partly=True)
     with prefer("triton"):
-        for wrong in (table.bfloat16(), table[None], table[:, :6], table[:4], torch.randn(6, 16)):
+        for wrong in (table.bfloat16(), table[None], table[:, :6], table[:4], longer):
             assert fused([part], PAIRS, (wrong, wrong)) is None
         assert fused([part], partly, (table[:4], table[:4])) is not None
-        assert fused([part], partly, (torch.randn(6, 16),) * 2) is None
+        assert fused([part], partly, (longer, longer)) is None
 
 
 def test_stages_get_tokens_before_rotation(calls: list[int]) -> None:
