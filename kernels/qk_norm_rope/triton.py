@@ -84,7 +84,7 @@ def _one(
     COUNT: tl.constexpr = H * D if ACROSS else D
     h = tl.arange(0, H_PAD)[:, None]
     real = h < H
-    a, b = _members(x_ptr + h * stride_h, stride_d, real, D, D_PAD, INTERLEAVED)
+    a, b = _members(x_ptr + h.to(tl.int64) * stride_h, stride_d, real, D, D_PAD, INTERLEAVED)
     if LAYER:
         mean = _total(a + b, ACROSS) / COUNT
         here = real & (tl.arange(0, HALF)[None, :] < D // 2)
@@ -127,14 +127,14 @@ def _norm_rope_kernel(
     """One token of one part, which goes to its place in the joint sequence."""
     s, b = tl.program_id(0) % length, (tl.program_id(0) // length).to(tl.int64)
     place = first + s
-    row = place - start  # of the tables
+    row = (place - start).to(tl.int64)  # of the tables
     turned = (row >= 0) & (row < table)
     s = s.to(tl.int64)
     cos_a, cos_b, sin_a, sin_b = 0.0, 0.0, 0.0, 0.0
     if cos_ptr is not None:
-        none = tl.zeros([1, 1], tl.int64)
-        real = none < turned.to(tl.int64)
-        cos_at, sin_at = cos_ptr + none + row * cos_stride_s, sin_ptr + none + row * sin_stride_s
+        rows = row + tl.zeros([1, 1], tl.int64)
+        real = (rows >= 0) & (rows < table)
+        cos_at, sin_at = cos_ptr + rows * cos_stride_s, sin_ptr + rows * sin_stride_s
         cos_a, cos_b = _table(cos_at, cos_stride_d, real, D, D_PAD, INTERLEAVED, BY_CHANNEL)
         sin_a, sin_b = _table(sin_at, sin_stride_d, real, D, D_PAD, INTERLEAVED, BY_CHANNEL)
     out = (b * total + place) * (H * D)
