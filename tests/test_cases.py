@@ -96,6 +96,7 @@ def test_bad_cases_are_named(case: dict[str, Any], message: str) -> None:
     [
         ({"base": "gna", "own": True}, "keeps must all be off"),
         ({"base": "gna", "order": {"kind": "hilbert"}}, "needs order 'tile'"),
+        ({"base": "gna", "order": {"kind": "tile", "packed": True}}, "can't be packed"),
         ({"base": "radial", "order": {"kind": "raster"}}, "frame by frame"),
         ({"base": "svg2", "score": {"kind": "subtiles"}}, "needs score 'pooled'"),
         ({"base": "svg2", "select": {"kind": "band"}}, "follows the content"),

@@ -11,10 +11,12 @@ from dit_accel.sparsity import orders
 from dit_accel.sparsity.tiling import tiling
 
 GRIDS = [(1, 1, 1), (1, 8, 8), (1, 17, 23), (5, 17, 23), (3, 1, 7), (8, 8, 8), (2, 33, 5)]
-ORDERS = [RasterOrder(), TileOrder(picture=(1, 4, 4), video=(2, 4, 4)), HilbertOrder()]
+TILES = {"picture": (1, 4, 4), "video": (2, 4, 4)}
+ORDERS = [RasterOrder(), TileOrder(**TILES), TileOrder(**TILES, packed=True), HilbertOrder()]
+IDS = ["raster", "tile", "packed", "hilbert"]
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("order", ORDERS, ids=IDS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_token_stands_once(order: RasterOrder | TileOrder | HilbertOrder, grid: tuple[int, int, int]) -> None:
     layout = TokenLayout([Text(7), Grid(*grid), Pad(3)])
@@ -26,7 +28,7 @@ def test_every_token_stands_once(order: RasterOrder | TileOrder | HilbertOrder, 
     assert cut.unit % cut.block_q == cut.unit % cut.block_k == 0
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("order", ORDERS, ids=IDS)
 def test_units_never_mix_text_and_grid(order: RasterOrder | TileOrder | HilbertOrder) -> None:
     layout = TokenLayout([Text(7), Grid(1, 9, 5), Pad(3), Grid(1, 3, 3, role="reference")])
     cut = tiling(layout, order, 32, 32)
@@ -57,6 +59,43 @@ def test_tiles_hold_the_cells_of_their_box() -> None:
     tiles = orders.tile((1, 5, 6), (1, 4, 4))
     assert [len(t) for t in tiles] == [16, 8, 4, 2]
     assert list(tiles[1]) == [4, 5, 10, 11, 16, 17, 22, 23]
+
+
+def test_packed_borders_hold_whole_strips() -> None:
+    """5 x 6 in tiles of 4 x 4: the right border of 2 columns is one tile, the lower one of a row another."""
+    tiles = orders.packed((1, 5, 6), (1, 4, 4))
+    assert list(tiles[1]) == [4, 5, 10, 11, 16, 17, 22, 23, 28, 29]
+    assert list(tiles[2]) == [24, 25, 26, 27]
+    assert len(tiles) == 3
+
+
+@pytest.mark.parametrize("size", [(1, 8, 16), (4, 8, 8), (4, 4, 4), (2, 3, 5)])
+def test_packed_tiles_are_full_where_tiles_fit_and_few_where_not(size: orders.Shape) -> None:
+    """Wan's and HunyuanVideo's grids, and random ones: each token once, no tile too large, hardly more than must be."""
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    random = [tuple(int(n) for n in row) for row in np.random.default_rng(seed).integers(1, 60, (12, 3))]
+    most = int(np.prod(size))
+    for grid in [(21, 30, 52), (21, 45, 80), (33, 45, 80), *random]:
+        size_here = tuple(min(s, g) for s, g in zip(size, grid, strict=True))
+        pieces = orders.packed(grid, (size_here[0], size_here[1], size_here[2]))
+        lengths, limit = [len(piece) for piece in pieces], int(np.prod(size_here))
+        assert np.array_equal(np.sort(np.concatenate(pieces)), np.arange(np.prod(grid)))
+        assert max(lengths) <= limit
+        assert lengths.count(limit) >= np.prod([g // s for g, s in zip(grid, size_here, strict=True)])
+        if min(grid) >= 21:
+            assert len(pieces) * most <= 1.1 * np.prod(grid), (grid, len(pieces))
+
+
+def test_packed_tiles_lie_where_their_tokens_do() -> None:
+    """Whole tiles are as far from each other as on the lattice, of 10 x 7 tiles here, the last column cut."""
+    layout = TokenLayout(grid=(1, 80, 104))
+    lattice, packed = (tiling(layout, TileOrder(picture=(1, 8, 16), packed=p), 128, 128) for p in (False, True))
+    assert lattice.side == (1, 8, 16)
+    assert packed.side is None  # nothing may count tiles along an axis
+    whole = [7 * row + column for row in range(10) for column in range(6)]
+    moved = packed.position[: len(whole)] - lattice.position[whole]
+    assert np.allclose(moved, moved[0])
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,11 @@ def test_grat_keeps_the_groups_its_paper_names(layout: TokenLayout, name: str, r
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.8])
 def test_draft_keeps_the_percentile_its_paper_names(layout: TokenLayout, density: float) -> None:
-    """DraftAttention: softmax of pooled logits per head, the largest entries over all rows until the share is full."""
-    recipe = resolve("draft", density=density, picture=(1, 4, 4), video=(1, 4, 4), **SMALL)
+    """DraftAttention: softmax of pooled logits per head, the largest entries over all rows until the share is full.
+
+    On its paper's lattice, whose tiles divide every grid there.
+    """
+    recipe = resolve("draft", density=density, picture=(1, 4, 4), video=(1, 4, 4), packed=False, **SMALL)
     plan, q, k = planned(recipe, layout)
     mask = plan.check().to_mask()
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -29,11 +29,16 @@ class AxesOrder(Config, frozen=True):
 
 
 class TileOrder(Config, frozen=True):
-    """3-D tiles; `picture` is used on grids of one frame, `video` on the others, halved where a grid is small."""
+    """3-D tiles; `picture` is used on grids of one frame, `video` on the others, halved where a grid is small.
+
+    `packed`: what the tiles leave over at a border is cut into tiles of its own shape, fewer and fuller ones. Tiles lie
+    on no lattice then, so rules that count tiles along the axes can't have it.
+    """
 
     kind: Literal["tile"] = "tile"
     picture: Tile = (1, 8, 16)
     video: Tile = (4, 8, 8)
+    packed: bool = False
 
 
 class HilbertOrder(Config, frozen=True):

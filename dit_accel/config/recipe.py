@@ -21,6 +21,7 @@ AXES = ("order", "score", "select", "keeps", "correct")
 MAPPED = (*AXES, "heads", "precision", "every", "decide_at", "decide_layers", "block_q", "block_k")  # in a case
 FIXED = ("all", "none")  # rules that would miss any density
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
+LATTICE = (*EXACT, "lines")  # rules that count tiles along the axes
 
 
 class Case(Config, frozen=True):
@@ -294,6 +295,8 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
         raise ValueError("select 'agents' chooses no pairs, so it needs order 'raster', keeps all off, and no heads")
     if content and keeps.by_place:
         raise ValueError(f"order {order.kind!r} moves keys between units, so keeps has only 'own'")
+    if order.kind == "tile" and order.packed and select.kind in LATTICE:
+        raise ValueError(f"select {select.kind!r} counts tiles along the axes, so order 'tile' can't be packed")
     exact = select.kind in EXACT and getattr(select, "per", "token") == "token"
     if (select.kind == "neighborhood" or exact) and order.kind != "tile":
         raise ValueError(f"select {select.kind!r} needs order 'tile'")

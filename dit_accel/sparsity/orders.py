@@ -6,6 +6,8 @@ will share blocks. Every order works on any grid; ragged units are simply shorte
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from . import curves
@@ -32,12 +34,52 @@ def tile(grid: Shape, size: Shape, dilation: Shape = (1, 1, 1)) -> list[Array]:
     tokens = np.arange(np.prod(grid), dtype=np.int64).reshape(grid)
     residues = np.ndindex(*(min(d, g) for d, g in zip(dilation, grid, strict=True)))
     parts = [tokens[f :: dilation[0], h :: dilation[1], w :: dilation[2]] for f, h, w in residues]
+    return [piece for part in parts for piece in _cut(part, size)]
+
+
+def packed(grid: Shape, size: Shape) -> list[Array]:
+    """Cut the grid into tiles of `size` where they fit whole, and each border into tiles of its own best shape.
+
+    What a tile leaves over on an axis would be a slice of small tiles, each in a kernel block of its own that is
+    mostly empty: 336 blocks of 128 slots for 21 x 30 x 52 tokens in tiles of 1 x 8 x 16, where 256 would hold them.
+    Every pair of such blocks is computed, so the waste counts twice.
+    """
+    tokens = np.arange(np.prod(grid), dtype=np.int64).reshape(grid)
+    whole = tuple(g // s * s for g, s in zip(grid, size, strict=True))
+    pieces = _cut(tokens[: whole[0], : whole[1], : whole[2]], size)
+    borders = (tokens[:, :, whole[2] :], tokens[:, whole[1] :, : whole[2]], tokens[whole[0] :, : whole[1], : whole[2]])
+    for border in borders:
+        if border.size:
+            pieces += _cut(border, fullest_tile(border.shape, size))
+    return pieces
+
+
+def fullest_tile(box: tuple[int, ...], size: Shape) -> Shape:
+    """Return the shape that covers a box with fewest tiles of no more tokens than `size`, of these the likest to it."""
+    most = int(np.prod(size))
+
+    def cost(side: Shape) -> tuple[int, float]:
+        count = int(np.prod([-(-n // s) for n, s in zip(box, side, strict=True)]))
+        return count, sum(abs(math.log(a / b)) for a, b in zip(side, size, strict=True))
+
+    def even(most: int, extent: int) -> int:
+        return -(-extent // -(-extent // min(most, extent)))
+
+    sides = (
+        (frames, rows, even(most // (frames * rows), box[2]))
+        for frames in range(1, min(most, box[0]) + 1)
+        for rows in range(1, min(most // frames, box[1]) + 1)
+    )
+    return min(sides, key=cost)
+
+
+def _cut(tokens: Array, size: Shape) -> list[Array]:
+    """Cut a box of tokens into tiles, raster order inside and between them, those at its end smaller."""
     return [
-        part[f : f + size[0], h : h + size[1], w : w + size[2]].reshape(-1)
-        for part in parts
-        for f in range(0, part.shape[0], size[0])
-        for h in range(0, part.shape[1], size[1])
-        for w in range(0, part.shape[2], size[2])
+        tokens[f : f + size[0], h : h + size[1], w : w + size[2]].reshape(-1)
+        for f in range(0, tokens.shape[0], size[0])
+        for h in range(0, tokens.shape[1], size[1])
+        for w in range(0, tokens.shape[2], size[2])
     ]
 
 

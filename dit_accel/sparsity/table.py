@@ -54,7 +54,7 @@ from . import papers
 from .mixtures import auto
 
 GRAT_TILES = TileOrder(picture=(1, 16, 16), video=(4, 8, 8))
-DRAFT_TILES = TileOrder(picture=(1, 8, 16), video=(1, 8, 16))
+DRAFT_TILES = TileOrder(picture=(1, 8, 16), video=(1, 8, 16), packed=True)
 STA_TILES = TileOrder(picture=(1, 16, 16), video=(6, 8, 8))
 CUBES = TileOrder(picture=(1, 8, 8), video=(4, 4, 4))
 BLOCKS_OF_128 = TileOrder(picture=(1, 8, 16), video=(2, 8, 8))

@@ -35,7 +35,7 @@ class Tiling:
     position: npt.NDArray[np.float64]
     first_frame: npt.NDArray[np.bool_]
     sink_rank: npt.NDArray[np.int64]
-    side: orders.Shape | None = None  # of a tile, None where units are no tiles
+    side: orders.Shape | None = None  # of a tile, None where units are no tiles of a lattice
 
     @property
     def units(self) -> int:
@@ -124,6 +124,7 @@ def tiling(
     With a `dilation` tiles hold the tokens of one residue on every axis.
     """
     side = _tile(layout.main, order) if isinstance(order, TileOrder) else None
+    lattice = isinstance(order, TileOrder) and not order.packed
     longest = int(np.prod(side)) if side else max(block_q, block_k)
     block_q, block_k = _fit_block(longest, block_q), _fit_block(longest, block_k)
     unit = -(-longest // max(block_q, block_k)) * max(block_q, block_k)
@@ -131,7 +132,8 @@ def tiling(
     for start, segment in layout.spans():
         if isinstance(segment, Grid):
             pieces = _pieces(segment.shape, order, side, unit, dilation)
-            units += _grid_units(start, segment, layout.main, pieces, side, unit)
+            length = side or (unit ** (1 / max(sum(extent > 1 for extent in segment.shape), 1)),) * 3
+            units += _grid_units(start, segment, layout.main, pieces, np.array(length), lattice)
         else:
             run = np.arange(start, start + segment.length, dtype=np.int64)
             units += [_Unit(piece, (0.0, 0.0, 0.0), grid=False) for piece in orders.runs(run, unit)]
@@ -149,7 +151,7 @@ def tiling(
         position=np.array([u.position for u in units], dtype=np.float64),
         first_frame=np.array([u.first_frame for u in units]),
         sink_rank=np.array([u.sink_rank for u in units]),
-        side=side,
+        side=side if lattice else None,
     )
 
 
@@ -166,8 +168,8 @@ def _fit_block(tokens: int, largest: int) -> int:
 def _pieces(
     grid: orders.Shape, order: StaticOrder, side: orders.Shape | None, unit: int, dilation: orders.Shape
 ) -> list[orders.Array]:
-    if side is not None:
-        return orders.tile(grid, side, dilation)
+    if isinstance(order, TileOrder) and side is not None:
+        return orders.packed(grid, side) if order.packed else orders.tile(grid, side, dilation)
     if isinstance(order, AxesOrder):
         return orders.by_axes(grid, unit, order.axes, order.whole)
     if isinstance(order, HilbertOrder):
@@ -176,17 +178,14 @@ def _pieces(
 
 
 def _grid_units(
-    start: int, grid: Grid, main: Grid, pieces: list[orders.Array], side: orders.Shape | None, unit: int
+    start: int, grid: Grid, main: Grid, pieces: list[orders.Array], length: npt.NDArray[np.number], lattice: bool
 ) -> list[_Unit]:
-    edge = unit ** (1 / max(sum(extent > 1 for extent in grid.shape), 1))  # side of a unit that is no tile
+    """Place pieces of a grid, `length` being that of a unit on each axis: in whole units on a lattice, else by mean."""
     scale = np.array(main.shape) / np.array(grid.shape)  # a reference lies over the picture it conditions
     units = []
     for piece in pieces:
         cells = np.stack(np.unravel_index(piece, grid.shape), axis=-1)
-        if side is not None:
-            position = cells[0] // np.array(side) * scale
-        else:
-            position = cells.mean(axis=0) * scale / edge
+        position = (cells[0] // length if lattice else cells.mean(axis=0) / length) * scale
         is_main = grid.role == "main"
         units.append(
             _Unit(
