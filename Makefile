@@ -11,11 +11,14 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || e
 demo: $(READY)
 	$(BIN)/python -m dit_accel.pipelines.demo --out demo
 
+# One process a core, each with one thread: the tests are many and small.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not full"
+	$(TEST) -m "not full"
 
 test-full: $(READY)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .config import Profile, Recipe
     from .errors import DitAccelError
     from .layout import Grid, Pad, Text, TokenLayout
+    from .planning.result import RunPlan
+    from .planning.run import plan
     from .report import Report
 
 _HOMES = {
@@ -31,6 +33,7 @@ _HOMES = {
     "Profile": "config",
     "Recipe": "config",
     "Report": "report",
+    "RunPlan": "planning.result",
     "Text": "layout",
     "TokenLayout": "layout",
     "accelerate": "api",
@@ -38,6 +41,7 @@ _HOMES = {
     "calibrate": "calibration",
     "demo_model": "api",
     "demo_models": "api",
+    "plan": "planning.run",
     "recipes": "api",
 }
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "Profile",
     "Recipe",
     "Report",
+    "RunPlan",
     "Text",
     "TokenLayout",
     "__version__",
@@ -58,6 +63,7 @@ __all__ = [
     "calibrate",
     "demo_model",
     "demo_models",
+    "plan",
     "recipes",
 ]
 

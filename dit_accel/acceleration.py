@@ -43,7 +43,7 @@ class Acceleration:
         self._tracker = StepTracker(pipe)
         several = len(transformers) > 1
         self._attachments = [
-            Attachment(module, _known_family(module), self._engine, self._tracker, f"{name}." if several else "")
+            Attachment(module, known_family(module), self._engine, self._tracker, f"{name}." if several else "")
             for name, module in transformers.items()
         ]
         _refuse_if_nothing_can_be_sparse(self._attachments)
@@ -183,7 +183,8 @@ def refuse_if_live(transformers: Mapping[str, torch.nn.Module], replace: bool) -
             handle.restore()
 
 
-def _known_family(transformer: torch.nn.Module) -> Family:
+def known_family(transformer: torch.nn.Module) -> Family:
+    """Return the family of a transformer; raise UnsupportedError where it is not known, or cached by diffusers."""
     family = family_of(transformer)
     if family is None:
         known = sorted(name for f in all_families() for name in f.classes)

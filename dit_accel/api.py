@@ -55,14 +55,15 @@ def accelerate(
     if recipe is None:
         recipe = "balanced" if known is None else known.recipe
     settled = resolve(recipe, **overrides)
-    transformers = _transformers(target)
+    transformers = transformers_of(target)
     _warn_of_untested_diffusers()
     refuse_if_live(transformers, replace)
     pipe = None if isinstance(target, torch.nn.Module) else target
     return Acceleration(pipe, transformers, settled, known)
 
 
-def _transformers(target: Any) -> dict[str, torch.nn.Module]:
+def transformers_of(target: Any) -> dict[str, torch.nn.Module]:
+    """Return the transformers of a pipeline, or the one handed over, by name; UnsupportedError where there is none."""
     if isinstance(target, torch.nn.Module):
         return {"transformer": _uncompiled(target)}
     names = ("transformer", "transformer_2")

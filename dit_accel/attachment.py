@@ -166,7 +166,7 @@ class Attachment:
             return _PARALLEL
         if length is not None and length != self.layout.length:
             return f"a sequence of {length} tokens is not the layout's {self.layout.length}"
-        return gradients(x) or self.engine.planner.dense_reason(site, self.step, self.layout, x)
+        return gradients(x) or self.engine.planner.dense_reason(site, self.step, self.layout, x.device)
 
 
 class _NamedContext:

@@ -283,7 +283,7 @@ def _rows(records: list[_Record], density: list[float]) -> Iterator[Row]:
         ms = sum(e[0].elapsed_time(e[1]) for e in events if e) if any(events) else None
         yield Row(
             group=group,
-            steps=_ranges(sorted({s for i in members if (s := records[i].step) is not None})),
+            steps=ranges(sorted({s for i in members if (s := records[i].step) is not None})),
             kind=kind,
             calls=len(members),
             density=_mean([(density[i], records[i].pairs) for i in members]),
@@ -293,7 +293,7 @@ def _rows(records: list[_Record], density: list[float]) -> Iterator[Row]:
         )
 
 
-def _ranges(steps: list[int]) -> str:
+def ranges(steps: list[int]) -> str:
     """Write 0, 1, 2, 5 as '0-2, 5'."""
     parts: list[list[int]] = []
     for step in steps:

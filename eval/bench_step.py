@@ -81,7 +81,7 @@ class Bench:
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
         self.case, self.device, self.repeats = case, device, repeats
         self.model: Any = built(case, device, dtype)
-        self.inputs = case.inputs(case, device, dtype)
+        self.inputs = case.inputs(device, dtype)
         self.watch = Stopwatch(device)
         self.backends: list[SDPBackend] | None = None
         self._clock: AttentionClock | None = None

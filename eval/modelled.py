@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from dit_accel.errors import ConfigError
 from .store import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+NUMBERS = ("density", "step_ms", "stock_step_ms")  # that every row must hold
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,26 @@ class Model:
 
 def models(folder: Path = RESULTS) -> list[Model]:
     """Read all measured models of a folder; none where there are no files. Raises ConfigError on a broken one."""
+    return [
+        _model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case])
+        for _, data in step_results(folder)
+        for case in dict.fromkeys(row["case"] for row in data["rows"])
+    ]
+
+
+def step_results(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
+    """Read the step benchmark's results of a folder, those of tiny twins aside. Raises ConfigError on a broken one."""
     files = [file for file in sorted(folder.glob("step_*.json")) if not file.name.startswith("step_tiny_")]
-    return [model for file in files for model in _read(file)]
+    return [(file, _read(file)) for file in files]
 
 
-def _read(file: Path) -> list[Model]:
+def _read(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        cases = dict.fromkeys(row["case"] for row in data["rows"])
-        return [_model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case]) for case in cases]
+        str(data["gpu"]), [(str(row["case"]), *(float(row[key]) for key in NUMBERS)) for row in data["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: is no result of the step benchmark ({type(error).__name__}: {error}).") from None
+    return data
 
 
 def _model(case: str, device: str, rows: Sequence[dict[str, float]]) -> Model:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import diffusers
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +19,8 @@ def provenance(device: torch.device, commit: str = "") -> dict[str, str]:
     return {
         "gpu": _name(device),
         "torch": torch.__version__,
-        "triton": _triton_version(),
-        "diffusers": diffusers.__version__,
+        "triton": _version("triton"),
+        "diffusers": _version("diffusers"),
         "commit": commit or _head(),
         "date": datetime.date.today().isoformat(),
     }
@@ -32,12 +32,12 @@ def _name(device: torch.device) -> str:
     return f"{platform.processor() or 'cpu'} {torch.get_num_threads()} threads"
 
 
-def _triton_version() -> str:
+def _version(package: str) -> str:
+    """Say which version is installed without importing it: an import would settle how Triton runs."""
     try:
-        from triton import __version__
-    except ImportError:
+        return version(package)
+    except PackageNotFoundError:
         return "none"
-    return __version__
 
 
 def _head() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import ConfigError, NonFiniteError, UnsupportedError
+from dit_accel.planning.sizes import check_frames, check_side, size_unit, time_scale
 
 from .media import Media
 from .settings import Settings
@@ -24,10 +25,6 @@ _THEIRS = {  # our names of settings, and those of diffusers
     "text_length": "max_sequence_length",
     "frames": "num_frames",
     "fps": "frame_rate",
-}
-_SCALES = {  # what pipelines call the pixels and the frames of one latent
-    "space": ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"),
-    "time": ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor"),
 }
 
 
@@ -60,9 +57,12 @@ def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]
     """Return the keyword arguments for the pipeline's call; errors as of `check_accepts`, and for impossible sizes."""
     check_accepts(type(pipe), settings)
     accepted = _accepted(type(pipe))
-    _check_size(pipe, "height", settings.height)
-    _check_size(pipe, "width", settings.width)
-    _check_frames(pipe, settings.frames)
+    name = type(pipe).__name__
+    for side, size in (("height", settings.height), ("width", settings.width)):
+        if size is not None:
+            check_side(name, side, size, size_unit(pipe))
+    if settings.frames is not None:
+        check_frames(name, settings.frames, time_scale(pipe))
     arguments = {_THEIRS.get(key, key): value for key, value in _asked(type(pipe), settings).items()}
     if "negative_prompt" in arguments and "true_cfg_scale" in accepted:
         arguments.setdefault("true_cfg_scale", max(TRUE_CFG, accepted["true_cfg_scale"].default or 0))
@@ -110,41 +110,6 @@ def _is_required(parameter: inspect.Parameter) -> bool:
         parameter.VAR_POSITIONAL,
         parameter.VAR_KEYWORD,
     )
-
-
-def _check_size(pipe: Any, side: str, size: int | None) -> None:
-    """Refuse what pipelines round down in silence."""
-    unit = size_unit(pipe)
-    if size is None or size % unit == 0:
-        return
-    below = max(size // unit, 1) * unit
-    valid = f"{unit}" if size < unit else f"{below} or {below + unit}"
-    raise ConfigError(f"{side}: {type(pipe).__name__} needs a multiple of {unit}, got {size}; the nearest is {valid}.")
-
-
-def _check_frames(pipe: Any, frames: int | None) -> None:
-    """Refuse what pipelines round down in silence."""
-    unit = _scale(pipe, "time", 1)
-    if frames is None or (frames - 1) % unit == 0:
-        return
-    below = (frames - 1) // unit * unit + 1
-    raise ConfigError(
-        f"frames: {type(pipe).__name__} needs 1 more than a multiple of {unit}, got {frames}; "
-        f"the nearest is {below} or {below + unit}."
-    )
-
-
-def size_unit(pipe: Any) -> int:
-    """Return what height and width must be multiples of: the pixels of one token."""
-    packed = hasattr(pipe, "_pack_latents") and hasattr(pipe, "vae_scale_factor")
-    patch = 2 if packed else pipe.transformer.config.get("patch_size")  # packed: 2 x 2 latents are one token
-    if isinstance(patch, (tuple, list)):
-        patch = patch[-1]
-    return _scale(pipe, "space", 8) * (patch if isinstance(patch, int) else 1)
-
-
-def _scale(pipe: Any, kind: str, otherwise: int) -> int:
-    return next((int(getattr(pipe, name)) for name in _SCALES[kind] if hasattr(pipe, name)), otherwise)
 
 
 def _check_last_latents(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

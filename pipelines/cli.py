@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
+from . import options, plan_command
 from .options import Debug, Json
 from .screen import FAILED, OneLineErrors, screen
 
@@ -231,6 +231,9 @@ def calibrate(
         print_json(result.to_dict())
     else:
         print(result)
+
+
+app.command()(plan_command.plan)
 
 
 @app.command()

@@ -88,7 +88,7 @@ def test_true_shapes() -> None:
         (flux, 11.5e9, 12.5e9),
     ):
         with torch.device("meta"):
-            model: Any = case.build(case)
+            model: Any = case.build()
         size = {name: sum(p.numel() for p in getattr(model, name)[0].parameters()) for name in case.groups}
         blocks = sum(case.layers * n for n in size.values())
         rest = sum(p.numel() for p in model.parameters()) - blocks

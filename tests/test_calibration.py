@@ -135,7 +135,7 @@ def errors(planner: Planner, calls: list[AttentionCall]) -> Errors:
     losses, densities, masks = [], [], []
     for call in calls:
         heads, tokens = call.q.shape[2], call.layout.length
-        if planner.dense_reason(call.site, call.step, call.layout, call.q):
+        if planner.dense_reason(call.site, call.step, call.layout, call.q.device):
             losses.append(torch.zeros(heads))
             densities.append(1.0)
             masks.append(torch.ones(1, heads, tokens, tokens, dtype=torch.bool))

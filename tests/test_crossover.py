@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_accel.sparsity.crossover import expected_gain, slower_reason, table
+from dit_accel.sparsity.crossover import crossover_tokens, expected_gain, slower_reason, table
 
 ROWS = [
     {"tokens": t, "density": d, "dense_ms": dense, "sparse_ms": sparse}
@@ -44,3 +44,15 @@ def test_a_device_without_measurements_stays_dense() -> None:
 
 def test_short_sequences_stay_dense_with_the_figure() -> None:
     assert "256 tokens: dense is faster on cpu (measured 0." in slower_reason(256, 0.2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_crossover_lies_where_the_gain_passes_one(kind: str) -> None:
+    tokens = crossover_tokens(0.2, torch.device(kind))
+    assert tokens is not None
+    rows = table()[kind]
+    assert expected_gain(tokens, 0.2, rows) > 1 >= expected_gain(int(tokens * 0.95), 0.2, rows)
+
+
+def test_nothing_measured_has_no_crossover() -> None:
+    assert crossover_tokens(0.2, torch.device("meta")) is None

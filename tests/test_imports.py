@@ -30,7 +30,9 @@ def test_import_is_light() -> None:
 
 
 def test_public_names_load_no_triton_and_no_pipelines() -> None:
-    loaded = loaded_by("import dit_accel; dit_accel.accelerate, dit_accel.attention, dit_accel.recipes()")
+    loaded = loaded_by(
+        "import dit_accel; dit_accel.accelerate, dit_accel.attention, dit_accel.plan, dit_accel.recipes()"
+    )
     assert not {m for m in loaded if m.startswith(("triton", "diffusers.pipelines", "transformers"))}
 
 

@@ -26,6 +26,7 @@ from dit_accel.sparsity import (
     cut,
     decide,
     exact,
+    expected,
     heads,
     lines,
     lowbit,
@@ -344,6 +345,6 @@ def _forget() -> None:
     from dit_accel.config import recipe
 
     shapes.unit_mask.cache_clear()
-    decide.floor_note.cache_clear()
+    expected.floor_note.cache_clear()
     decide._by_place.cache_clear()
     recipe._at.cache_clear()

@@ -117,7 +117,7 @@ def test_geometric_plans_are_made_once_per_layout() -> None:
 )
 def test_reasons_to_stay_dense(changes: dict[str, Any], step: StepInfo, reason: str) -> None:
     planner = Planner(RECIPE.override(**changes))
-    assert planner.dense_reason(SITE, step, LAYOUT, torch.empty(0)) == reason
+    assert planner.dense_reason(SITE, step, LAYOUT, torch.device("cpu")) == reason
 
 
 def test_second_run_equals_a_fresh_process() -> None:

@@ -423,6 +423,6 @@ def test_looking_up_costs_the_same_for_one_site_and_for_57() -> None:
 def test_a_search_is_not_carried_along_at_every_call() -> None:
     recipe: Recipe = resolve("sta", **SMALL)
     planner = Planner(recipe)
-    here = planner._recipe_at(call().site, call().step)
+    here = planner.recipe_at(call().site, call().step)
     assert recipe.search is not None
     assert here.search is None

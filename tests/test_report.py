@@ -11,7 +11,7 @@ import torch
 
 import dit_accel
 from dit_accel.call import AttentionCall
-from dit_accel.report import _ranges
+from dit_accel.report import ranges
 
 OPTIONS = {"picture": (1, 4, 4), "block_q": 16, "block_k": 16}
 
@@ -124,5 +124,5 @@ def test_own_loop_without_a_pipeline() -> None:
 
 
 def test_step_ranges() -> None:
-    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-    assert _ranges([]) == "?"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert ranges([]) == "?"

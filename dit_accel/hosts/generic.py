@@ -21,7 +21,7 @@ _BYPASS = "its attention backend bypasses scaled_dot_product_attention"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-class _Intercept(TorchFunctionMode):
+class Intercept(TorchFunctionMode):
     """Hand each scaled-dot-product attention to `handler`; local to the `with` block, nothing global is patched."""
 
     def __init__(self, handler: Callable[[dict[str, Any]], torch.Tensor]) -> None:
@@ -55,7 +55,7 @@ def attention(
         with ledger.timed_dense(site, host.step, device, reason):
             return stock()
     seen = []
-    with _Intercept(lambda arguments: _one_call(host, site, seen, arguments)):
+    with Intercept(lambda arguments: _one_call(host, site, seen, arguments)):
         out = stock()
     if not seen:
         ledger.note_dense(site, host.step, _BYPASS)
@@ -74,7 +74,7 @@ def _traced(seat: Seat, site: Site, x: torch.Tensor, stock: Callable[[], Any]) -
         seen.append(True)
         return compiled.sdpa(seat.number, **arguments)
 
-    with _Intercept(one_call):
+    with Intercept(one_call):
         out = stock()
     if not seen:
         seat.inlined = _BYPASS

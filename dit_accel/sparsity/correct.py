@@ -20,6 +20,8 @@ from .inputs import Inputs
 from .plan import Branch, Operands, Plan, from_units
 from .scores import grid_means, grid_weights
 
+MEASURES = "a full step measures what is missing"  # why a call of a recipe that corrects by residuals is not sparse
+
 
 def corrected(plan: Plan, config: Correct | None, cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Plan:
     """Add a correction to a plan; `mask` bool [B|1, H|1, query units, key units] says what the plan computes."""
@@ -219,4 +221,4 @@ def residual(plan: Plan, config: ResidualCorrect, cut: Cut, missing: Missing, me
     everything = torch.ones(1, 1, cut.q.units, cut.k.units, dtype=torch.bool, device=cut.q.slots.device)
     whole = from_units(everything, cut)
     fix = Residual(missing, config.growth, whole.branches)
-    return replace(plan, fixes=(*plan.fixes, fix), pairs=whole.pairs, measures="a full step measures what is missing")
+    return replace(plan, fixes=(*plan.fixes, fix), pairs=whole.pairs, measures=MEASURES)

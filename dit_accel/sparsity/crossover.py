@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,22 @@ def slower_reason(tokens: int, density: float | None, device: torch.device) -> s
     rows = table().get(device.type, [])
     if not rows:
         return f"no measurement says that sparse is faster on {device.type}"
-    gain = expected_gain(tokens, 0.3 if density is None else density, rows)
+    gain = expected_gain(tokens, _asked(density), rows)
     if gain > 1:
         return ""
     return f"{tokens} tokens: dense is faster on {device.type} (measured {gain:.2f}x)"
+
+
+def crossover_tokens(density: float | None, device: torch.device) -> int | None:
+    """Return from about how many tokens on sparse was measured to be faster; None where it never was, or all along."""
+    rows = table().get(device.type, [])
+    lengths = sorted({int(row["tokens"]) for row in rows})
+    steps = [int(n) for a, b in pairwise(lengths) for n in np.geomspace(a, b, 33)]
+    return next((n for n in steps[1:] if expected_gain(n, _asked(density), rows) > 1), None)
+
+
+def _asked(density: float | None) -> float:
+    return 0.3 if density is None else density  # rules by mass mostly come to less
 
 
 def expected_gain(tokens: int, density: float, rows: list[dict[str, float]]) -> float:

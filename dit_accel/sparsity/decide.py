@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
-import numpy as np
 import torch
 
 from ..config import (
-    AgentSelect,
     CumulativeSelect,
     ErrorSelect,
     GilbertOrder,
@@ -217,82 +214,6 @@ def grid_share(layout: TokenLayout, density: float) -> float:
     cells = layout.length - layout.text
     always = layout.length**2 - cells**2
     return max(0.0, (density * layout.length**2 - always) / cells**2)
-
-
-@lru_cache(maxsize=256)
-def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
-    """Say in plain words when the asked density cannot be met on this layout by so many heads, else ''."""
-    asked = recipe.density
-    if asked is None:
-        return ""
-    cells = layout.length - layout.text
-    text_share = 1 - (cells / layout.length) ** 2
-    least = text_share + _kept_pairs(recipe, layout) / layout.length**2
-    if asked < least:
-        return (
-            f"asked density {asked:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
-            f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
-        )
-    units = _key_units(recipe, layout)
-    options = recipe.heads.options if recipe.heads else (recipe,)
-    step = 1.0 if any(o.select.kind == "lines" for o in options) else 0.5  # half a unit, or a whole line of them
-    if step / units > 0.2 * asked:
-        return f"asked density {asked:g}: {cells} tokens make only {units} key units, so it is met roughly"
-    if recipe.heads is not None and recipe.heads.given and recipe.heads.budget is not None:
-        return ""  # the heads of all sites share the budget
-    sizes = _option_sizes(recipe, layout)
-    if not sizes:
-        return ""
-    met = min(sizes, key=lambda size: abs(size - asked))
-    if recipe.heads is not None and recipe.heads.budget is not None and min(sizes) < asked:
-        apart = max(b - a for a, b in pairwise(sizes))
-        rough = apart / 2 / heads > 0.2 * asked
-        return (
-            f"asked density {asked:g}: {heads} heads with patterns of {_listed(sizes)} meet it roughly" if rough else ""
-        )
-    if abs(met / asked - 1) > 0.2:
-        return f"asked density {asked:g}: the patterns of {recipe.name!r} take {_listed(sizes)} on this grid"
-    return ""
-
-
-def _listed(sizes: list[float]) -> str:
-    return ", ".join(f"{size:.2f}" for size in sizes)
-
-
-def _key_units(recipe: Recipe, layout: TokenLayout) -> int:
-    if isinstance(recipe.select, AgentSelect):
-        return layout.length  # agents are counted one by one
-    if isinstance(recipe.order, KMeansOrder):
-        return content.clusters(layout, recipe.order)[1]
-    tiles = tiling_for(recipe if recipe.heads is None else option(recipe, 0), layout)
-    return int(tiles.grid.sum())
-
-
-def _option_sizes(recipe: Recipe, layout: TokenLayout) -> list[float]:
-    """Return the densities of the patterns of places among which heads choose, smallest first."""
-    if recipe.heads is None:
-        return []
-    cells, sizes = layout.length - layout.text, set[float]()
-    for index in range(len(recipe.heads.options)):
-        here = option(recipe, index)
-        if here.select.geometric:
-            tiles = tiling_for(here, layout)
-            share = None if here.select.asked is None else grid_share(layout, here.select.asked)
-            mask = shapes.unit_mask(tiles, here.select, share)
-            keep = keep_mask(tiles, recipe.keeps, torch.device("cpu")).numpy()[tiles.grid][:, tiles.grid]
-            got = shapes.share_of(mask | keep, shapes.sizes(tiles))
-            sizes.add(1 + (got - 1) * (cells / layout.length) ** 2)
-    return sorted(sizes)
-
-
-def _kept_pairs(recipe: Recipe, layout: TokenLayout) -> float:
-    """Count the grid's token pairs that are computed whatever their score."""
-    if isinstance(recipe.order, ImportanceOrder | KMeansOrder):
-        return 0.0
-    tiling = tiling_for(recipe, layout)
-    keep = keep_mask(tiling, recipe.keeps, torch.device("cpu")).numpy()[tiling.grid][:, tiling.grid]
-    tokens = tiling.tokens[tiling.grid]
-    return float((keep * np.outer(tokens, tokens)).sum())
 
 
 @lru_cache(maxsize=64)

@@ -16,9 +16,10 @@ from .agents import agent_plan
 from .correct import Missing, corrected, residual
 from .crossover import slower_reason
 from .cut import Cut
-from .decide import Decision, decide, floor_note, grid_share, tiling_for
+from .decide import Decision, decide, grid_share, tiling_for
 from .drift import Probe, look
 from .exact import exact_plan
+from .expected import floor_note
 from .inputs import Inputs, Warm
 from .plan import PackedPlan, Plan, from_units
 from .profiled import Profiled
@@ -93,10 +94,10 @@ class Planner:
         parts = (*self._kept.values(), *self._missing.values(), *self._fixed.values())
         return sum(part.nbytes for part in parts)
 
-    def dense_reason(self, site: Site, step: StepInfo, layout: TokenLayout, x: torch.Tensor) -> str:
+    def dense_reason(self, site: Site, step: StepInfo, layout: TokenLayout, device: torch.device) -> str:
         """Say why the recipe leaves a call dense before its queries are known, '' if it does not.
 
-        `x` is any tensor of the call: its device tells which measured table applies.
+        `device`, where the call runs, tells which measured table applies.
         """
         recipe = self.recipe
         if site.index < recipe.dense_layers:
@@ -108,25 +109,26 @@ class Planner:
             first = first_sparse(step.total, recipe.dense_steps)
             if step.index < first:
                 return f"first {first} of {step.total} steps stay dense"
-        here = self._recipe_at(site, step)
+        here = self.recipe_at(site, step)
         if here.density == 1:
             return "density 1 is dense"
         if here.select.kind == "all" and here.heads is None:
             return "the recipe computes every pair here"
         if here.heads is not None and here.heads.full:
             return "all heads compute everything here"
-        return slower_reason(layout.length, here.density, x.device) if recipe.adaptive else ""
+        return slower_reason(layout.length, here.density, device) if recipe.adaptive else ""
 
     def plan(self, call: AttentionCall) -> Plan:
         """Return the plan of a call that `dense_reason` let through."""
         if call.step.run != self._run:
             self._forget_run()
             self._run = call.step.run
-        recipe = self._recipe_at(call.site, call.step)
+        recipe = self.recipe_at(call.site, call.step)
         made = self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
         return made if made.precision == recipe.precision else replace(made, precision=recipe.precision)
 
-    def _recipe_at(self, site: Site, step: StepInfo) -> Recipe:
+    def recipe_at(self, site: Site, step: StepInfo) -> Recipe:
+        """Return the recipe as it is at one site and step: its cases settled, and what a profile says of heads."""
         share = step.index / step.total if step.index is not None and step.total else 0.0
         if self._profiled is not None:
             return self._profiled.at(site, share)

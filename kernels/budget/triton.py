@@ -19,6 +19,8 @@ __all__ = ["dense_rows", "heads", "orderable", "padded_columns", "rows", "runs_o
 
 LOWEST = tl.constexpr(-(2**31))  # below every score's key
 ELEMENTS = 8192  # of a tile of several rows
+PASSES = 8  # digits of four bits of a limit by head, found one after the other over all rows at once
+CHUNK = 256  # rows added up at a time
 
 
 @triton.jit
@@ -74,83 +76,112 @@ def _rows_kernel(
 
 
 @triton.jit
-def _row_sums(
-    score_ptr, keep_ptr, cost, first, limit, score_stride_r, keep_stride_r, keep_stride_c, rows, columns,
-    EQUAL: tl.constexpr, ROWS: tl.constexpr, C_PAD: tl.constexpr,
+def _head_budget(row_cost_ptr, cost, share, rows, CHUNK: tl.constexpr):
+    """A share of what all pairs of a head cost, in whole numbers until the last product."""
+    tokens = tl.zeros([CHUNK], tl.int64)
+    for first in range(0, rows, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        tokens += tl.load(row_cost_ptr + at, mask=at < rows, other=0.0).to(tl.int64)
+    return (share * (tl.sum(tokens, 0) * tl.sum(cost.to(tl.int64), 0)).to(tl.float32)).to(tl.float64)
+
+
+@triton.jit
+def _limit(spent_ptr, spent_stride, budget, passes):
+    """The leading digits of a head's limit: in each pass the highest at which more than the budget ranks no lower."""
+    digit = tl.arange(0, 16)
+    limit = tl.full([], -(2**31), tl.int64)
+    for done in range(passes):
+        over = tl.load(spent_ptr + done * spent_stride + digit).to(tl.float64) > budget
+        limit += tl.sum((over & (digit > 0)).to(tl.int64), 0) << (28 - 4 * done)
+    return limit.to(tl.int32)
+
+
+@triton.jit
+def _several_rows(
+    score_ptr, keep_ptr, row_cost_ptr, first, score_stride_r, keep_stride_r, keep_stride_c, rows, columns,
+    ROWS: tl.constexpr, C_PAD: tl.constexpr,
 ):  # fmt: skip
-    """What the pairs of a few rows cost whose keys equal the limit, or reach it, counted in their columns [ROWS]."""
+    """Keys [ROWS, C_PAD] and costs [ROWS] of a few rows; what lies outside ranks below all and costs nothing."""
     row, column = first + tl.arange(0, ROWS), tl.arange(0, C_PAD)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
+    weight = tl.load(row_cost_ptr + row, mask=row < rows, other=0.0).to(tl.int64)
     row = row.to(tl.int64)
     score = tl.load(score_ptr + row[:, None] * score_stride_r + column[None, :], mask=inside, other=0.0)
     keep_at = keep_ptr + row[:, None] * keep_stride_r + column[None, :] * keep_stride_c
     key, _ = _keys(score, tl.load(keep_at, mask=inside, other=0), inside)
-    counted = key == limit if EQUAL else key >= limit
-    return tl.sum(tl.where(counted & inside, cost[None, :], 0), 1)
+    return key, weight
 
 
 @triton.jit
-def _limit_kernel(
-    score_ptr, keep_ptr, row_cost_ptr, col_cost_ptr, limit_ptr, budget_ptr, before_ptr,
+def _digit_kernel(
+    score_ptr, keep_ptr, row_cost_ptr, col_cost_ptr, spent_ptr,
     score_stride_b, score_stride_h, score_stride_r, keep_stride_b, keep_stride_h, keep_stride_r, keep_stride_c,
-    row_stride_b, row_stride_h, col_stride_b, col_stride_h, share, heads, rows, columns,
-    ROWS: tl.constexpr, C_PAD: tl.constexpr,
+    row_stride_b, row_stride_h, col_stride_b, col_stride_h, share, passes, all_heads, heads, rows, columns,
+    ROWS: tl.constexpr, C_PAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One head: the limit over all its rows, and what is spent before the pairs of each row that lie at the limit."""
+    """A few rows of a head: what ranks no lower than each next digit of the limit costs, added to the head's sums."""
     program = tl.program_id(0).to(tl.int64)
-    h, b = program % heads, program // heads
-    score_ptr += b * score_stride_b + h * score_stride_h
-    keep_ptr += b * keep_stride_b + h * keep_stride_h
-    row_cost_ptr += b * row_stride_b + h * row_stride_h
+    blocks = tl.cdiv(rows, ROWS)
+    first, head = program % blocks * ROWS, program // blocks
+    h, b = head % heads, head // heads
     column = tl.arange(0, C_PAD)
     col_at = col_cost_ptr + b * col_stride_b + h * col_stride_h + column
     cost = tl.load(col_at, mask=column < columns, other=0.0).to(tl.int32)
-    lane = tl.arange(0, ROWS)
-    tokens = tl.zeros([ROWS], tl.int64)
-    for first in range(0, rows, ROWS):
-        tokens += tl.load(row_cost_ptr + first + lane, mask=first + lane < rows, other=0.0).to(tl.int64)
-    budget = share * (tl.sum(tokens, 0) * tl.sum(cost.to(tl.int64), 0)).to(tl.float32)
+    row_cost_ptr += b * row_stride_b + h * row_stride_h
+    spent_ptr += head * 16
+    budget = _head_budget(row_cost_ptr, cost, share, rows, CHUNK)
+    trial = _limit(spent_ptr, all_heads * 16, budget, passes)
+    key, weight = _several_rows(
+        score_ptr + b * score_stride_b + h * score_stride_h, keep_ptr + b * keep_stride_b + h * keep_stride_h,
+        row_cost_ptr, first, score_stride_r, keep_stride_r, keep_stride_c, rows, columns, ROWS, C_PAD,
+    )  # fmt: skip
+    step = 1 << (28 - 4 * passes)
+    digit = tl.arange(0, 16)
+    spent = tl.zeros([16], tl.int64)
+    for place in range(1, 16):
+        trial += step
+        of_rows = tl.sum(tl.where(key >= trial, cost[None, :], 0), 1)
+        spent = tl.where(digit == place, tl.sum(of_rows.to(tl.int64) * weight, 0), spent)
+    at = spent_ptr + passes * all_heads * 16 + digit
+    tl.atomic_add(at, spent, mask=digit > 0, sem="relaxed")  # whole numbers: the same in any order
 
-    limit = tl.full([], LOWEST, tl.int32)
-    step = 1 << 30
-    for bit in range(32):
-        trial = tl.where(bit == 0, 0, limit + step)
-        spent = tl.zeros([ROWS], tl.int64)
-        for first in range(0, rows, ROWS):
-            weight = tl.load(row_cost_ptr + first + lane, mask=first + lane < rows, other=0.0).to(tl.int64)
-            spent += weight * _row_sums(
-                score_ptr, keep_ptr, cost, first, trial, score_stride_r, keep_stride_r, keep_stride_c, rows, columns,
-                False, ROWS, C_PAD,
-            )  # fmt: skip
-        limit = tl.where(tl.sum(spent, 0).to(tl.float64) > budget.to(tl.float64), trial, limit)
-        step = tl.where(bit == 0, step, step // 2)
 
-    above = tl.zeros([ROWS], tl.int64)
-    for first in range(0, rows, ROWS):
-        weight = tl.load(row_cost_ptr + first + lane, mask=first + lane < rows, other=0.0).to(tl.int64)
-        above += weight * _row_sums(
-            score_ptr, keep_ptr, cost, first, limit + 1, score_stride_r, keep_stride_r, keep_stride_c, rows, columns,
-            False, ROWS, C_PAD,
-        )  # fmt: skip
-    seen = tl.sum(above, 0)
-    for first in range(0, rows, ROWS):
-        weight = tl.load(row_cost_ptr + first + lane, mask=first + lane < rows, other=0.0).to(tl.int64)
-        equal = weight * _row_sums(
-            score_ptr, keep_ptr, cost, first, limit, score_stride_r, keep_stride_r, keep_stride_c, rows, columns,
-            True, ROWS, C_PAD,
-        )  # fmt: skip
-        before = seen + tl.cumsum(equal, 0) - equal
-        tl.store(before_ptr + program * rows + first + lane, before, mask=first + lane < rows)
-        seen += tl.sum(equal, 0)
-    tl.store(limit_ptr + program, limit)
-    tl.store(budget_ptr + program, budget)
+@triton.jit
+def _level_kernel(
+    score_ptr, keep_ptr, row_cost_ptr, col_cost_ptr, spent_ptr, level_ptr,
+    score_stride_b, score_stride_h, score_stride_r, keep_stride_b, keep_stride_h, keep_stride_r, keep_stride_c,
+    row_stride_b, row_stride_h, col_stride_b, col_stride_h, share, all_heads, heads, rows, columns,
+    ROWS: tl.constexpr, C_PAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A few rows of a head: what the pairs of each row above the limit cost, and those at it."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(rows, ROWS)
+    first, head = program % blocks * ROWS, program // blocks
+    h, b = head % heads, head // heads
+    column = tl.arange(0, C_PAD)
+    col_at = col_cost_ptr + b * col_stride_b + h * col_stride_h + column
+    cost = tl.load(col_at, mask=column < columns, other=0.0).to(tl.int32)
+    row_cost_ptr += b * row_stride_b + h * row_stride_h
+    budget = _head_budget(row_cost_ptr, cost, share, rows, CHUNK)
+    limit = _limit(spent_ptr + head * 16, all_heads * 16, budget, 8)
+    key, weight = _several_rows(
+        score_ptr + b * score_stride_b + h * score_stride_h, keep_ptr + b * keep_stride_b + h * keep_stride_h,
+        row_cost_ptr, first, score_stride_r, keep_stride_r, keep_stride_c, rows, columns, ROWS, C_PAD,
+    )  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    above = tl.sum(tl.where(key > limit, cost[None, :], 0), 1).to(tl.int64) * weight
+    equal = tl.sum(tl.where(key == limit, cost[None, :], 0), 1).to(tl.int64) * weight
+    at = level_ptr + head * rows + row
+    tl.store(at, above, mask=row < rows)
+    tl.store(at + all_heads * rows, equal, mask=row < rows)
 
 
 @triton.jit
 def _cut_kernel(
-    score_ptr, keep_ptr, row_cost_ptr, col_cost_ptr, limit_ptr, budget_ptr, before_ptr, out_ptr,
+    score_ptr, keep_ptr, row_cost_ptr, col_cost_ptr, spent_ptr, level_ptr, out_ptr,
     score_stride_b, score_stride_h, score_stride_r, keep_stride_b, keep_stride_h, keep_stride_r, keep_stride_c,
-    row_stride_b, row_stride_h, col_stride_b, col_stride_h, heads, rows, columns, C_PAD: tl.constexpr,
+    row_stride_b, row_stride_h, col_stride_b, col_stride_h, share, all_heads, heads, rows, columns,
+    C_PAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One row of a head whose limit is known."""
     program = tl.program_id(0).to(tl.int64)
@@ -160,16 +191,22 @@ def _cut_kernel(
     inside = column < columns
     score_ptr += b * score_stride_b + h * score_stride_h + row * score_stride_r
     keep_ptr += b * keep_stride_b + h * keep_stride_h + row * keep_stride_r
+    row_cost_ptr += b * row_stride_b + h * row_stride_h
     score = tl.load(score_ptr + column, mask=inside, other=0.0)
     key, first = _keys(score, tl.load(keep_ptr + column * keep_stride_c, mask=inside, other=0), inside)
     col_at = col_cost_ptr + b * col_stride_b + h * col_stride_h + column
-    weight = tl.load(row_cost_ptr + b * row_stride_b + h * row_stride_h + row).to(tl.int64)
-    cost = weight * tl.load(col_at, mask=inside, other=0.0).to(tl.int64)
-    limit = tl.load(limit_ptr + head)
+    tokens = tl.load(col_at, mask=inside, other=0.0)
+    budget = _head_budget(row_cost_ptr, tokens.to(tl.int32), share, rows, CHUNK)
+    limit = _limit(spent_ptr + head * 16, all_heads * 16, budget, 8)
+    before = tl.zeros([CHUNK], tl.int64)  # pairs above the limit, and those at it in the rows before this one
+    for start in range(0, rows, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        before += tl.load(level_ptr + head * rows + at, mask=at < rows, other=0)
+        before += tl.load(level_ptr + (all_heads + head) * rows + at, mask=at < row, other=0)
+    cost = tl.load(row_cost_ptr + row).to(tl.int64) * tokens.to(tl.int64)
     equal = inside & (key == limit)
-    twice = 2 * (tl.load(before_ptr + program) + tl.cumsum(tl.where(equal, cost, 0), 0)) - cost
-    fits = twice.to(tl.float64) <= 2 * tl.load(budget_ptr + head).to(tl.float64)
-    taken = (key > limit) | (equal & fits)
+    twice = 2 * (tl.sum(before, 0) + tl.cumsum(tl.where(equal, cost, 0), 0)) - cost
+    taken = (key > limit) | (equal & (twice.to(tl.float64) <= 2 * budget))
     lonely = tl.sum(taken.to(tl.int32), 0) == 0
     top = tl.min(tl.where(inside & (key == tl.max(key, 0)), column, C_PAD), 0)
     out = taken | (lonely & (column == top)) | first
@@ -201,14 +238,12 @@ def launch_rows(
 
 
 def heads(score: Tensor, keep: Tensor, row_cost: Tensor, col_cost: Tensor, share: float) -> Tensor:
-    """Run the two kernels on a checked, non-empty call; shapes as in `fill_heads`."""
+    """Run the kernels on a checked, non-empty call; shapes as in `fill_heads`."""
     b, h, r, _ = score.shape
-    device = score.device
-    out = torch.empty(score.shape, dtype=torch.bool, device=device)
+    out = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     found = (
-        torch.empty(b, h, dtype=torch.int32, device=device),
-        torch.empty(b, h, dtype=torch.float32, device=device),
-        torch.empty(b, h, r, dtype=torch.int64, device=device),
+        torch.zeros(PASSES, b * h, 16, dtype=torch.int64, device=score.device),
+        torch.empty(2, b * h, r, dtype=torch.int64, device=score.device),
     )
     with torch.cuda.device_of(score):
         for kernel, (grid, args, constants) in launch_heads(score, keep, row_cost, col_cost, share, found, out):
@@ -222,22 +257,26 @@ def launch_heads(
     row_cost: Tensor,
     col_cost: Tensor,
     share: float,
-    found: tuple[Tensor, Tensor, Tensor],
+    found: tuple[Tensor, Tensor],
     out: Tensor,
-) -> tuple[tuple[Any, tuple[tuple[int], tuple, dict[str, Any]]], ...]:
-    """Both kernels, each with its grid, positional arguments and compile-time constants for one call."""
+) -> list[tuple[Any, tuple[tuple[int], tuple, dict[str, Any]]]]:
+    """Return all launches, each with its kernel, grid, positional arguments and compile-time constants for one call."""
     b, h, r, c = score.shape
     score, keep = dense_rows(score), keep.expand(score.shape)
     row_cost, col_cost = dense_rows(row_cost), dense_rows(col_cost)
-    tensors = (score, keep.view(torch.uint8), row_cost, col_cost, *found)
+    spent, level = found
+    tensors = (score, keep.view(torch.uint8), row_cost, col_cost, spent)
     strides = (*score.stride()[:3], *keep.stride(), *_lead(row_cost), *_lead(col_cost))
     padded = padded_columns(c)
-    several = {"ROWS": max(ELEMENTS // padded, 1), "C_PAD": padded, "num_warps": 16}
-    one = {"C_PAD": padded, "num_warps": warps_for(c)}
-    return (
-        (_limit_kernel, ((b * h,), (*tensors, *strides, share, h, r, c), several)),
-        (_cut_kernel, ((b * h * r,), (*tensors, out.view(torch.uint8), *strides, h, r, c), one)),
-    )
+    several = max(ELEMENTS // padded, 1)
+    blocks, sizes = (b * h * -(-r // several),), (b * h, h, r, c)
+    tile = {"ROWS": several, "C_PAD": padded, "CHUNK": CHUNK, "num_warps": 8}
+    one = {"C_PAD": padded, "CHUNK": CHUNK, "num_warps": warps_for(c)}
+    return [
+        *((_digit_kernel, (blocks, (*tensors, *strides, share, i, *sizes), tile)) for i in range(PASSES)),
+        (_level_kernel, (blocks, (*tensors, level, *strides, share, *sizes), tile)),
+        (_cut_kernel, ((b * h * r,), (*tensors, level, out.view(torch.uint8), *strides, share, *sizes), one)),
+    ]
 
 
 def padded_columns(columns: int) -> int:

@@ -186,9 +186,9 @@ def compile_budget(capability: int, which: str) -> triton.compiler.CompiledKerne
     if which == "rows":
         _, args, constants = budgeting.launch_rows(score, keep, cost, 0.3, out)
         return compile_launch(budgeting._rows_kernel, capability, args, constants)
-    found = (torch.zeros(1, 40, dtype=torch.int32), torch.zeros(1, 40), torch.zeros(1, 40, 591, dtype=torch.int64))
-    both = budgeting.launch_heads(score, keep, cost, cost, 0.3, found, out)
-    kernel, (_, args, constants) = both[which == "cut"]
+    found = (torch.zeros(8, 40, 16, dtype=torch.int64), torch.zeros(2, 40, 591, dtype=torch.int64))
+    launches = budgeting.launch_heads(score, keep, cost, cost, 0.3, found, out)
+    kernel, (_, args, constants) = launches[{"digit": 2, "level": -2, "cut": -1}[which]]
     return compile_launch(kernel, capability, args, constants)
 
 
@@ -227,7 +227,8 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "block-mass-256": lambda capability: compile_mass(capability, 256, BF16),
     "block-mass-128-fp32": lambda capability: compile_mass(capability, 128, FP32),
     "budget-rows": lambda capability: compile_budget(capability, "rows"),
-    "budget-limit": lambda capability: compile_budget(capability, "limit"),
+    "budget-digit": lambda capability: compile_budget(capability, "digit"),
+    "budget-level": lambda capability: compile_budget(capability, "level"),
     "budget-cut": lambda capability: compile_budget(capability, "cut"),
     "norm-rope-heads": lambda capability: compile_norm_rope(capability, 24, Norm()),
     "norm-rope-halves": lambda capability: compile_norm_rope(capability, 24, Norm(), halves=True),

@@ -11,9 +11,10 @@ import torch
 from diffusers import FluxPipeline
 
 from dit_accel.errors import ConfigError, NonFiniteError
-from dit_accel.pipelines.arguments import call_arguments, playing_speed, size_unit
+from dit_accel.pipelines.arguments import call_arguments, playing_speed
 from dit_accel.pipelines.generate import generate, generate_stock
 from dit_accel.pipelines.settings import Defaults, Settings, model_defaults
+from dit_accel.planning.sizes import size_unit
 
 SMALL = Settings(steps=2, height=64, width=64, text_length=16, seed=5)
 

@@ -1,0 +1,1 @@
+"""What an accelerated run will do, said before it: see `run.plan`."""

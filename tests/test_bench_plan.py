@@ -1,0 +1,48 @@
+"""The table behind a plan's times: made from the step benchmark's results, and refused where these cannot tell."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dit_accel.errors import ConfigError
+from dit_accel.eval import bench_plan
+from dit_accel.eval.source import RESULTS
+from dit_accel.planning import rates
+
+
+def test_too_few_cases_are_refused(tmp_path: Path) -> None:
+    (file,) = RESULTS.glob("step_nvidia*.json")
+    data = json.loads(file.read_text())
+    data["rows"] = [row for row in data["rows"] if row["case"].startswith("wan")]
+    (tmp_path / file.name).write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="2 cases were measured, but leaving one out needs 3"):
+        bench_plan.main(["--results", str(tmp_path), "--out", str(tmp_path / "out.json")])
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_nothing_measured_or_a_broken_result_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no step_"):
+        bench_plan.main(["--results", str(tmp_path)])
+    (tmp_path / "step_x.json").write_text('{"gpu": "x", "rows": [{"case": "y"}]}')
+    with pytest.raises(ConfigError, match="is no result of the step benchmark"):
+        bench_plan.main(["--results", str(tmp_path)])
+
+
+@pytest.mark.full
+def test_the_committed_table_is_what_the_committed_results_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All true models at full depth; marked full for the seconds that takes."""
+    committed = json.loads(rates.TABLE.read_text())
+    (settings,) = {json.dumps(entry["settings"]) for entry in committed.values()}
+    for file in RESULTS.glob("step_nvidia*.json"):
+        shutil.copy(file, tmp_path)
+    out = tmp_path / "out.json"
+    changes = [f"{key}={json.dumps(value)}" for key, value in json.loads(settings).items()]
+    bench_plan.main(["--results", str(tmp_path), "--out", str(out), *(["--set", *changes] if changes else [])])
+    assert json.loads(out.read_text()) == committed
+    assert "mean absolute error" in capsys.readouterr().out
