@@ -22,7 +22,7 @@ class Origin:
         """Add the weights of modules that the value passes through; None is skipped."""
         tensors, unseen = list(self.tensors), self.unseen
         for part in _parts(modules):
-            unseen = unseen or _hidden_state(part)
+            unseen = unseen or hidden_state(part)
             tensors += [t for own in (part._parameters, part._buffers) for t in own.values() if t is not None]
         return Origin(tuple(tensors), unseen)
 
@@ -56,7 +56,7 @@ def _parts(modules: Sequence[torch.nn.Module | None]) -> Iterator[torch.nn.Modul
             yield from module.modules() if module._modules else (module,)
 
 
-def _hidden_state(module: torch.nn.Module) -> str:
+def hidden_state(module: torch.nn.Module) -> str:
     """Say what about a module could change its result unseen: an adapter's scale, a hook, a replaced forward."""
     cls = type(module)
     if not cls.__module__.startswith(_TRUSTED):

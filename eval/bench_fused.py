@@ -1,4 +1,4 @@
-"""Check and time what a decision reads beside attention: means of units and k-means, each beside its bound.
+"""Check and time what runs beside attention: means of units, k-means, norm and rotation, each beside its bound.
 
     python -m dit_accel.eval.bench_fused [--out FOLDER] [--cases NAME...] [--tiny] [--commit HASH]
 
@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dit_accel.eval import norm_rope_rows
 from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.unit_means import unit_means
@@ -62,7 +63,14 @@ class Row:
     error: float
 
 
-def row(case: Case, operation: str, run: Callable[[], Any], error: float, moved: float, flops: float = 0.0) -> Row:
+def row(
+    case: Case | norm_rope_rows.Case,
+    operation: str,
+    run: Callable[[], Any],
+    error: float,
+    moved: float,
+    flops: float = 0.0,
+) -> Row:
     """Time a checked operation that must move so many bytes and do so many FLOPs."""
     least = {"bytes": moved / BYTES_PER_MS, "FLOPs": flops / FLOPS_PER_MS}
     by = max(least, key=lambda name: least[name])
@@ -187,8 +195,15 @@ def run_case(case: Case, device: torch.device) -> Iterator[Row]:
     yield from kmeans_rows(case, x, backends)
 
 
+@torch.no_grad()
+def run_norm_rope(case: norm_rope_rows.Case, device: torch.device) -> Iterator[Row]:
+    """Norm and rotation of queries and keys: stock's modules one after the other, and in one pass."""
+    for timed in norm_rope_rows.norm_rope_rows(case, device):
+        yield row(case, timed.name, timed.run, timed.error, timed.moved)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    names = [case.name for case in CASES]
+    names = sorted({case.name for case in (*CASES, *norm_rope_rows.CASES)})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models to time")
@@ -202,15 +217,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device, options.commit)
     kind = "fused_tiny" if options.tiny else "fused"
     path = options.out / f"{kind}_{'-'.join(source['gpu'].lower().split())}.json"
+    means, turned = (TINY, norm_rope_rows.TINY) if options.tiny else (CASES, norm_rope_rows.CASES)
+    asked = [run_case(case, device) for case in means if options.tiny or case.name in options.cases]
+    asked += [run_norm_rope(case, device) for case in turned if options.tiny or case.name in options.cases]
     rows: list[Row] = []
-    for case in TINY if options.tiny else [case for case in CASES if case.name in options.cases]:
-        for one in run_case(case, device):
-            rows.append(one)
-            print(
-                f"{one.case:16} {one.operation:28} {one.ms:9.3f} ms, "
-                f"{one.bound_by} allow {one.bound_ms:.3f} ms, error {one.error:.1e}",
-                flush=True,
-            )
+    for one in itertools.chain(*asked):
+        rows.append(one)
+        print(
+            f"{one.case:16} {one.operation:28} {one.ms:9.3f} ms, "
+            f"{one.bound_by} allow {one.bound_ms:.3f} ms, error {one.error:.1e}",
+            flush=True,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     half.write_text(json.dumps({**source, "rows": [asdict(one) for one in rows]}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The benchmark of means and k-means: its path on tiny shapes, and that its checks can fail."""
+"""The benchmark of means, k-means, norm and rotation: its path on tiny shapes, and that its checks can fail."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
         names = {row.operation for row in rows if row.case == case.name}
         whats = ("means", f"k-means {case.clusters[0]}")
         assert {f"{what} {by}" for what in whats for by in ("triton", "reference")} <= names
+    for case in bench_fused.norm_rope_rows.TINY:
+        names = {row.operation for row in rows if row.case == case.name}
+        assert names >= {f"norm+rope {by}" for by in ("stock", "triton", "reference")}
     for row in rows:
         assert row.ms > 0
         assert row.bound_ms > 0
@@ -46,6 +49,19 @@ def test_wrong_means_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="means triton errs"):
         bench(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_wrong_rotation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_fused.norm_rope_rows.qk_norm_rope
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = right(*args, **kwargs)
+        return q, k.roll(1, 1)
+
+    monkeypatch.setattr(bench_fused.norm_rope_rows, "qk_norm_rope", wrong)
+    for case in bench_fused.norm_rope_rows.TINY:
+        with pytest.raises(RuntimeError, match=r"triton errs by .* not timed"):
+            list(bench_fused.run_norm_rope(case, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("what", ["labels", "centroids"])

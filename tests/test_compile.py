@@ -22,6 +22,7 @@ from dit_accel.kernels.block_max.op import max_op
 from dit_accel.kernels.block_sparse.op import block_sparse_op
 from dit_accel.kernels.budget.op import heads_op, rows_op
 from dit_accel.kernels.merge.op import merge_op
+from dit_accel.kernels.qk_norm_rope.op import norm_rope_op
 from dit_accel.kernels.top_mass.op import mass_op
 
 STEPS = 4
@@ -290,6 +291,10 @@ def test_opcheck_of_the_kernels() -> None:
     torch.library.opcheck(mass_op, (score, keep, 0.5, 0.25, None, None))
     slots = torch.arange(48, dtype=torch.int32)
     torch.library.opcheck(block_mass_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None, None))
+    table, weight = torch.randn(2, 40, 16), torch.ones(16)
+    joint = ([q, q[:, :5]], [k, k[:, :5]], [weight, weight, None, None, None, weight, weight, None])
+    torch.library.opcheck(norm_rope_op, (*joint, "rms", 1e-6, False, True, table[0], table[1], 2, True, None))
+    torch.library.opcheck(norm_rope_op, ([q], [k], [None] * 4, "layer", 1e-6, True, False, None, None, 0, True, None))
     torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None))
 
 
@@ -297,16 +302,19 @@ def test_opcheck_of_the_kernels() -> None:
 def test_kernels_in_compiled_code() -> None:
     from dit_accel.kernels.block_sparse import Predicate, block_sparse_attention
     from dit_accel.kernels.merge import merge_attention
+    from dit_accel.kernels.qk_norm_rope import Norm, Part, qk_norm_rope
 
     coords = torch.arange(48, dtype=torch.int32).expand(3, 48).contiguous()
 
     def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         index, count = lists(48, 16)
+        q, k = qk_norm_rope([Part(q, k)], Norm("layer", across_heads=True), table, table)
         near = Predicate("band", (3, 0, 0), coords, coords)
         first = block_sparse_attention(q, k, v, index, count, block_q=16, block_k=16, full_count=count)
         second = block_sparse_attention(q, k, v, index, count, block_q=16, block_k=16, predicate=near, scale=0.2)
         return merge_attention([first[0], second[0]], [first[1], second[1]])[0]
 
+    table = torch.randn(48, 8)
     qkv = torch.randn(3, 2, 48, 3, 16)
     fast = torch.compile(both, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(fast(*qkv), both(*qkv), rtol=0, atol=0)

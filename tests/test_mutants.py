@@ -160,13 +160,13 @@ def text_length_of_another_prompt(patch: pytest.MonkeyPatch) -> None:
 
 
 def text_turned_with_the_video(patch: pytest.MonkeyPatch) -> None:
-    original = cogvideox._rotate
+    original = cogvideox.ROTATION.turn
 
     def shifted(x: torch.Tensor, rotary: Any) -> torch.Tensor:
         words = x.shape[1] - rotary[0].shape[0]
         return original(x.roll(words, 1), rotary).roll(-words, 1)
 
-    patch.setattr(cogvideox, "_rotate", shifted)
+    patch.setattr(cogvideox, "ROTATION", replace(cogvideox.ROTATION, turn=shifted))
 
 
 LAYOUT = test_recipes.LAYOUTS[0]

@@ -13,7 +13,8 @@ from ..layout import Grid, TokenLayout
 from ..seat import Seat
 from .family import Family, Host
 from .geometry import Arguments, latents, patch, text
-from .own import Raw, Rotary, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
+from .norm_rope import Projected, Rotary, Rotation
+from .own import Raw, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
 
 
 def geometry(transformer: torch.nn.Module, arguments: Arguments, _: dict[str, Any]) -> TokenLayout:
@@ -44,8 +45,8 @@ def attention(
     joint = torch.cat([encoder_hidden_states, hidden_states], 1)
     q, k, v = projected(attn, joint, fused=type(original).__name__.startswith("Fused"))
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-    q, k = (x if norm is None else norm(x) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-    out = run_sparse(host, site, (q, k, v), _rotate, image_rotary_emb, _dense)
+    parts = [Projected(q, k, v, attn.norm_q, attn.norm_k)]
+    out = run_sparse(host, site, parts, ROTATION, image_rotary_emb, _dense)
     out = attn.to_out[1](attn.to_out[0](out))
     return out[:, words:], out[:, :words]
 
@@ -56,6 +57,13 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         return x
     words = x.shape[1] - rotary[0].shape[0]
     return torch.cat([x[:, :words], rotate_pairs(x[:, words:], rotary)], 1)
+
+
+def _tables(rotary: tuple[torch.Tensor, torch.Tensor], tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    return *rotary, tokens - rotary[0].shape[0]
+
+
+ROTATION = Rotation(_rotate, _tables, partly=True)
 
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

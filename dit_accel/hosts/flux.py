@@ -14,7 +14,8 @@ from ..call import Site
 from ..layout import Grid, Segment, Text, TokenLayout
 from ..seat import Seat
 from .family import Family, Host, LayoutUnknownError
-from .own import answer, dispatch, projected, rotate_pairs, run_dense, run_sparse
+from .norm_rope import Projected
+from .own import PAIRS, answer, dispatch, projected, rotate_pairs, run_dense, run_sparse
 
 
 def geometry(_: torch.nn.Module, arguments: Mapping[str, Any], memo: dict[str, Any]) -> TokenLayout:
@@ -70,27 +71,24 @@ def attention(
         reason = "the call carries an attention mask"
     if reason:
         return run_dense(host, site, hidden_states, reason, stock)
-    qkv = _joint_qkv(attn, hidden_states, encoder_hidden_states)
-    out = run_sparse(host, site, qkv, rotate_pairs, image_rotary_emb, partial(dispatch, original))
+    parts = _project(attn, hidden_states, encoder_hidden_states)
+    out = run_sparse(host, site, parts, PAIRS, image_rotary_emb, partial(dispatch, original))
     return out if encoder_hidden_states is None else _project_out(attn, out, text)
 
 
-def _joint_qkv(
-    attn: Any, picture: torch.Tensor, text: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Project and normalise, text before picture, each [B, S, H, D]; fused projections are honoured."""
+def _project(attn: Any, picture: torch.Tensor, text: torch.Tensor | None) -> list[Projected]:
+    """Project, text before picture; fused projections are honoured."""
     fused = getattr(attn, "fused_projections", False)
     q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected(attn, picture, fused))
-    q, k = attn.norm_q(q), attn.norm_k(k)
+    pixels = Projected(q, k, v, attn.norm_q, attn.norm_k)
     if text is None or attn.added_kv_proj_dim is None:
-        return q, k, v
+        return [pixels]
     if fused and hasattr(attn, "to_added_qkv"):
-        tq, tk, tv = attn.to_added_qkv(text).chunk(3, -1)
+        qkv = attn.to_added_qkv(text).chunk(3, -1)
     else:
-        tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-    tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
-    tq, tk = attn.norm_added_q(tq), attn.norm_added_k(tk)
-    return torch.cat([tq, q], 1), torch.cat([tk, k], 1), torch.cat([tv, v], 1)
+        qkv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
+    return [Projected(q, k, v, attn.norm_added_q, attn.norm_added_k), pixels]
 
 
 def _project_out(attn: Any, out: torch.Tensor, text: int) -> Any:

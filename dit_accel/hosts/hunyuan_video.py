@@ -21,7 +21,8 @@ from ..seat import Seat
 from .family import Family, Host, LayoutUnknownError
 from .generic import key_bias
 from .geometry import Arguments, text, video
-from .own import Raw, Rotary, dispatch, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
+from .norm_rope import QKV, Projected, Rotary, Rotation, from_the_first
+from .own import Raw, dispatch, engage, projected, rotate_pairs, run_dense, run_sparse, unrotated
 
 _PROMPTS = 4  # text lengths remembered: the prompt, the negative prompt, and some more
 
@@ -73,9 +74,9 @@ def attention(
     bias, reason = (None, "") if padding else key_bias(attention_mask, cells + words)
     if reason:
         return run_dense(host, site, hidden_states, reason, stock)
-    qkv = _joint_qkv(attn, hidden_states, encoder_hidden_states[:, : words - padding])
+    parts = _project(attn, hidden_states, encoder_hidden_states[:, : words - padding])
     dense = partial(dispatch, original, mask=None if padding else attention_mask)
-    out = run_sparse(host, site, qkv, _rotate, image_rotary_emb, dense, layout, bias, attention_mask)
+    out = run_sparse(host, site, parts, ROTATION, image_rotary_emb, dense, layout, bias, attention_mask)
     return _project_out(attn, out[:, :cells], F.pad(out[:, cells:], (0, 0, 0, padding)))
 
 
@@ -108,22 +109,20 @@ def _without_padding(layout: TokenLayout | None) -> tuple[TokenLayout | None, in
     return (TokenLayout(layout.segments[:-1]), last.length) if layout and isinstance(last, Pad) else (layout, 0)
 
 
-def _joint_qkv(attn: Any, cells: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Project and normalise, video before text, each [B, S, H, D]; single blocks share one projection."""
+def _project(attn: Any, cells: torch.Tensor, words: torch.Tensor) -> list[Projected]:
+    """Project, video before text; single blocks share one projection."""
     if attn.add_q_proj is None:
-        return _heads(attn, projected(attn, torch.cat([cells, words], 1)), attn.norm_q, attn.norm_k)
-    mine = _heads(attn, projected(attn, cells), attn.norm_q, attn.norm_k)
+        return [_heads(attn, projected(attn, torch.cat([cells, words], 1)), attn.norm_q, attn.norm_k)]
     added = (attn.add_q_proj(words), attn.add_k_proj(words), attn.add_v_proj(words))
-    theirs = _heads(attn, added, attn.norm_added_q, attn.norm_added_k)
-    q, k, v = (torch.cat(pair, 1) for pair in zip(mine, theirs, strict=True))
-    return q, k, v
+    return [
+        _heads(attn, projected(attn, cells), attn.norm_q, attn.norm_k),
+        _heads(attn, added, attn.norm_added_q, attn.norm_added_k),
+    ]
 
 
-def _heads(
-    attn: Any, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], norm_q: Any, norm_k: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _heads(attn: Any, qkv: QKV, norm_q: Any, norm_k: Any) -> Projected:
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in qkv)
-    return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
+    return Projected(q, k, v, norm_q, norm_k)
 
 
 def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -132,6 +131,9 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         return x
     cells = rotary[0].shape[0]
     return torch.cat([rotate_pairs(x[:, :cells], rotary), x[:, cells:]], 1)
+
+
+ROTATION = Rotation(_rotate, from_the_first, partly=True)
 
 
 def _project_out(attn: Any, cells: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,16 +14,9 @@ from ..call import Attention, AttentionCall, Site
 from ..layout import TokenLayout
 from ..seat import Seat
 from .family import Host
+from .norm_rope import QKV, Projected, Rotary, Rotate, Rotation, from_the_first, fused, normalised
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Rotary = tuple[torch.Tensor, torch.Tensor] | None
 Raw = Sequence[torch.Tensor]  # q and k before rotation and what rotates them, as `compiled.attend` takes them
-
-
-class Rotate(Protocol):
-    """A family's rotation of queries or keys [B, S, H, D]."""
-
-    def __call__(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor: ...
 
 
 def run_dense(host: Host | Seat, site: Site, x: torch.Tensor, reason: str, stock: Callable[[], Any]) -> Any:
@@ -38,21 +31,27 @@ def run_dense(host: Host | Seat, site: Site, x: torch.Tensor, reason: str, stock
 def run_sparse(
     host: Host | Seat,
     site: Site,
-    qkv: QKV,
-    rotate: Rotate,
+    parts: Sequence[Projected],
+    rotation: Rotation,
     rotary: Rotary,
     dense: Attention,
     layout: TokenLayout | None = None,
     key_bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Hand unrotated q, k, v [B, S, H, D] to the engine and return [B, S, H * D] in q's dtype.
+    """Normalise, join and rotate what was projected, hand it to the engine, return [B, S, H * D] in q's dtype.
 
-    `rotate(x, rotary)` rotates one of them; `dense` runs stock attention on such tensors. `layout` is that of these
-    tokens, where it is not the whole sequence's; `key_bias` [B|1, H|1, S] masks padding. `mask` is what stock would be
-    given: compiled code hands it on, and it is looked at when the call runs.
+    `dense` runs stock attention on such tensors. `layout` is that of these tokens, where it is not the whole
+    sequence's; `key_bias` [B|1, H|1, S] masks padding. `mask` is what stock would be given: compiled code hands it on,
+    and it is looked at when the call runs. Norm and rotation are one pass where they can be, unless stages want the
+    tokens before rotation, or inductor, which fuses them itself, is at work.
     """
-    q, k, v = qkv
+    if not isinstance(host, Seat) and not host.engine.stages:
+        turned = fused(parts, rotation, rotary)
+        if turned is not None:
+            return engage(host, site, turned, None, dense, layout, key_bias).flatten(2, 3)
+    q, k, v = normalised(parts)
+    rotate = rotation.turn
     turned = (rotate(q, rotary), rotate(k, rotary), v)
     if isinstance(host, Seat):
         raw = [q, k, *(rotary or ())] if host.engine.stages else []
@@ -148,6 +147,9 @@ def rotate_pairs(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | No
         return x
     embed: Any = apply_rotary_emb  # its annotation knows one of the two forms it takes
     return embed(x, rotary, sequence_dim=1)
+
+
+PAIRS = Rotation(rotate_pairs, from_the_first)
 
 
 def projected(attn: Any, x: torch.Tensor, fused: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

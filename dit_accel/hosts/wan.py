@@ -13,7 +13,8 @@ from ..origin import Origin
 from ..seat import Seat
 from .family import CrossAttention, Family, Host
 from .geometry import Arguments, video
-from .own import Rotary, answer, dispatch, projected, run_dense, run_sparse
+from .norm_rope import Projected, Rotary, Rotation
+from .own import answer, dispatch, projected, run_dense, run_sparse
 
 _TEXT_TOKENS = 512  # WanAttnProcessor takes what lies before these as the picture's tokens
 
@@ -40,10 +41,9 @@ def attention(
         reason = "the call is no plain self-attention"
     if reason:
         return run_dense(host, site, hidden_states, reason, stock)
-    q, k, v = projected(attn, hidden_states, fused=_fused(attn))
-    q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads at once, so before they are split
-    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-    out = run_sparse(host, site, (q, k, v), _rotate, rotary_emb, partial(dispatch, original))
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in projected(attn, hidden_states, fused=_fused(attn)))
+    parts = [Projected(q, k, v, attn.norm_q, attn.norm_k, across_heads=True)]
+    out = run_sparse(host, site, parts, ROTATION, rotary_emb, partial(dispatch, original))
     return _project_out(attn, out)
 
 
@@ -57,6 +57,15 @@ def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     out[..., 0::2] = even * cos - odd * sin
     out[..., 1::2] = even * sin + odd * cos
     return out
+
+
+def _tables(rotary: tuple[torch.Tensor, torch.Tensor], _: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The values that `_rotate` takes, by pair [S, D / 2]."""
+    cos, sin = (table.squeeze((0, 2)) for table in rotary)
+    return cos[..., 0::2], sin[..., 1::2], 0
+
+
+ROTATION = Rotation(_rotate, _tables)
 
 
 def cross_attention(

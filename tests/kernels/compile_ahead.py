@@ -34,6 +34,8 @@ from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
+from dit_accel.kernels.qk_norm_rope import Norm, Part
+from dit_accel.kernels.qk_norm_rope import triton as turning
 from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
@@ -190,6 +192,17 @@ def compile_budget(capability: int, which: str) -> triton.compiler.CompiledKerne
     return compile_launch(kernel, capability, args, constants)
 
 
+def compile_norm_rope(capability: int, heads: int, norm: Norm, halves: bool = False) -> triton.compiler.CompiledKernel:
+    """Tables by pair, strided, where a norm spans all heads (as Wan has them), else by channel."""
+    q = torch.zeros(1, 1024, heads, 128, dtype=BF16)
+    weight = torch.zeros(heads * 128 if norm.across_heads else 128, dtype=BF16)
+    biases = (weight, weight) if norm.kind == "layer" else (None, None)
+    table = torch.zeros(1024, 128)[:, :: 2 if norm.across_heads else 1]
+    part = Part(q, q, weight, weight, *biases)
+    _, args, constants = turning.launch(part, norm, table, table, 0, not halves, (q, q), 0)
+    return compile_launch(turning._norm_rope_kernel, capability, args, constants)
+
+
 OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     **{
         f"int8-{name.removeprefix('bf16-')}": lambda capability, name=name: compile_rounded(capability, name)
@@ -217,6 +230,11 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "budget-digit": lambda capability: compile_budget(capability, "digit"),
     "budget-level": lambda capability: compile_budget(capability, "level"),
     "budget-cut": lambda capability: compile_budget(capability, "cut"),
+    "norm-rope-heads": lambda capability: compile_norm_rope(capability, 24, Norm()),
+    "norm-rope-halves": lambda capability: compile_norm_rope(capability, 24, Norm(), halves=True),
+    "norm-rope-rounds-first": lambda capability: compile_norm_rope(capability, 24, Norm(rounds_first=True)),
+    "norm-rope-across": lambda capability: compile_norm_rope(capability, 40, Norm(across_heads=True)),
+    "norm-rope-layer": lambda capability: compile_norm_rope(capability, 48, Norm("layer")),
     "assign-64": lambda capability: compile_assign(capability, 64, BF16),
     "assign-128": lambda capability: compile_assign(capability, 128, BF16),
     "assign-256": lambda capability: compile_assign(capability, 256, BF16),

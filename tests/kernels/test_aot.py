@@ -48,11 +48,13 @@ def test_orders_bias_and_predicates_compile():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
-    check(compiled(str(capability), "means-two", "assign-128", "block-mass-128", "budget-digit", "lists-bits"))
+    names = ("means-two", "assign-128", "block-mass-128", "budget-digit", "lists-bits")
+    check(compiled(str(capability), *names, "norm-rope-heads", "norm-rope-across"))
 
 
 def test_other_selection_compiles():
-    check(compiled("90", "means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass"))
+    names = ("means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass")
+    check(compiled("90", *names, "norm-rope-layer", "norm-rope-rounds-first", "norm-rope-halves"))
 
 
 @pytest.mark.full
