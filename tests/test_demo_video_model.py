@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +45,12 @@ def test_the_card_names_every_source_and_licence() -> None:
     card = (FOLDER / "README.md").read_text()
     for word in ("Noto", "Twemoji", "Fluent Emoji", "Apache-2.0", "CC-BY-4.0", "MIT"):
         assert word in card
+
+
+@pytest.mark.parametrize("name", dit_accel.demo_models())
+def test_no_folder_of_the_machine_that_trained_it_is_named(name: str) -> None:
+    for file in dit_accel.demo_model(name).glob("*/*config.json"):
+        assert not Path(json.loads(file.read_text()).get("_name_or_path", "")).is_absolute(), file
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

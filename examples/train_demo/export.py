@@ -73,6 +73,14 @@ def name_stock_tokenizer(folder: Path) -> None:
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
+def forget_paths(folder: Path) -> None:
+    """Take out where parts came from: paths of the machine that trained them."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 @torch.no_grad()
 def fold_guidance(transformer: FluxTransformer2DModel) -> None:
     """Make the guidance input a constant: the pipeline passes 3.5, the model knows one value only."""
@@ -104,6 +112,7 @@ def export(args: argparse.Namespace) -> None:
     pipe.save_pretrained(args.target)
     to_fp8(args.target / "transformer")
     name_stock_tokenizer(args.target)
+    forget_paths(args.target)
     load_in_fp32(args.target / "text_encoder")
     load_in_fp32(args.target / "text_encoder_2")
     size = sum(f.stat().st_size for f in args.target.rglob("*") if f.is_file())

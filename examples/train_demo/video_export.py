@@ -11,7 +11,7 @@ import torch
 from captions import build_tokenizer
 from data import load_pairs
 from diffusers import AutoencoderKLWan, WanPipeline
-from export import load_in_fp32, load_weights, name_stock_tokenizer, part, to_fp8
+from export import forget_paths, load_in_fp32, load_weights, name_stock_tokenizer, part, to_fp8
 from video_model import SHAPES, build_scheduler, build_text_encoder, build_transformer
 from video_render import FRAMES
 from video_scenes import build_vocabulary
@@ -38,6 +38,7 @@ def export(args: argparse.Namespace) -> None:
     pipe.save_pretrained(args.target)
     to_fp8(args.target / "transformer")
     name_stock_tokenizer(args.target)
+    forget_paths(args.target)
     load_in_fp32(args.target / "text_encoder")
     settings = SETTINGS | {"steps": args.steps, "guidance": args.guidance}
     (args.target / "dit_accel.json").write_text(json.dumps(settings, indent=2) + "\n")
