@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in time_case(case, device):
             rows.append(row)
             show(row)
-        write(path, source, real, rows)
+            write(path, source, real, rows)  # at once: a run that is cut off keeps what it measured
     print(f"written: {path}")
 
 

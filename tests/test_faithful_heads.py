@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import odd_video
 import pytest
@@ -311,9 +312,9 @@ def test_kmeans_never_starts_from_what_is_not_finite() -> None:
         ((torch.zeros(1, 1, 4, 2), 2, 1, torch.zeros(1, 1, 3, 2)), "expected [1, 1, 2, 2]"),
     ],
 )
-def test_kmeans_refuses(arguments: tuple[object, ...], message: str) -> None:
+def test_kmeans_refuses(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        kmeans(*arguments)  # type: ignore[arg-type]
+        kmeans(*arguments)
     assert message in str(error.value)
 
 
