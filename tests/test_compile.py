@@ -21,6 +21,7 @@ from dit_accel.kernels.block_mass.op import mass_op as block_mass_op
 from dit_accel.kernels.block_max.op import max_op
 from dit_accel.kernels.block_sparse.op import block_sparse_op
 from dit_accel.kernels.budget.op import heads_op, rows_op
+from dit_accel.kernels.descent.op import descend_op
 from dit_accel.kernels.merge.op import merge_op
 from dit_accel.kernels.qk_norm_rope.op import norm_rope_op
 from dit_accel.kernels.row_shares.op import keys_op, units_op
@@ -299,6 +300,7 @@ def test_opcheck_of_the_kernels() -> None:
     logits = torch.randn(1, 2, 3, 32)
     torch.library.opcheck(units_op, (logits, slots[:32], 8, 0.2, torch.randn(1, 1, 32), None))
     torch.library.opcheck(units_op, (logits, None, 8, 0.2, None, None))
+    torch.library.opcheck(descend_op, (q[:, :32, None].transpose(1, 3), k[:, :32], slots[:32], 16, None))
     torch.library.opcheck(keys_op, (logits, 0.2, None, None))
     torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None))
 

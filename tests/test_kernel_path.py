@@ -14,7 +14,8 @@ from dit_accel.sparsity.recipes import resolve
 from dit_accel.step import StepInfo
 
 LAYOUT = TokenLayout(grid=(1, 7, 9), text=5)
-NAMES = ("balanced", "draft", "jenga", "sparge", "rectified", "xattention", "pbs", "minference", "double-sparsity")
+NAMES = ["balanced", "draft", "jenga", "sparge", "rectified"]
+NAMES += ["xattention", "pbs", "minference", "double-sparsity", "hip"]
 
 
 @pytest.mark.parametrize(

@@ -200,12 +200,6 @@ def runs_of(tiling: Tiling, length: int, device: torch.device, backwards: bool =
     return Runs(length, slots, slots.clamp(min=0).long(), hole, tokens, bool((tiling.tokens < tiling.unit).any()))
 
 
-def pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the grid units into runs of slots, float32 [B, H, runs, length, D] (0 in holes), and count their tokens."""
-    runs = runs_of(tiling, length, x.device)
-    return _laid(runs, x).float(), runs.tokens
-
-
 def _laid(runs: Runs, x: torch.Tensor) -> torch.Tensor:
     """Lay [B, S, H, D] into runs of slots, [B, H, runs, length, D] as operands of a product, 0 in holes."""
     picked = rows.operand(x.transpose(1, 2).index_select(2, runs.at).unflatten(2, (-1, runs.length)))

@@ -19,13 +19,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     """The larger of two, NaN where one of them is: one instruction."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _rows(x_ptr, token, stride_s, stride_d, D: tl.constexpr, D_PAD: tl.constexpr):
+def vectors_of(x_ptr, token, stride_s, stride_d, D: tl.constexpr, D_PAD: tl.constexpr):
     """The vectors of some tokens, [tokens, D_PAD]; a token -1 gives those of token 0."""
     d = tl.arange(0, D_PAD)
     at = x_ptr + tl.maximum(token, 0).to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
@@ -48,18 +48,18 @@ def _max_kernel(
     tile, h = tl.program_id(0) % tiles, (tl.program_id(0) // tiles % heads).to(tl.int64)
     b = (tl.program_id(0) // tiles // heads).to(tl.int64)
     asking = tl.load(q_slots_ptr + tile * TILE_Q + tl.arange(0, TILE_Q))  # [TILE_Q]
-    q = _rows(q_ptr + b * q_stride_b + h * q_stride_h, asking, q_stride_s, q_stride_d, D, D_PAD)
+    q = vectors_of(q_ptr + b * q_stride_b + h * q_stride_h, asking, q_stride_s, q_stride_d, D, D_PAD)
     nobody = tl.load(q_slots_ptr + tile * TILE_Q) < 0
     k_ptr += b * k_stride_b + h * k_stride_h
     out_ptr += ((b * heads + h) * tiles + tile) * units
     best = tl.full([TILE_Q], float("-inf"), tl.float32)
     for first in tl.range(0, units * UNIT, TILE_K, num_stages=STAGES):
         token = tl.load(k_slots_ptr + first + tl.arange(0, TILE_K))  # [TILE_K]
-        k = _rows(k_ptr, token, k_stride_s, k_stride_d, D, D_PAD)
-        best = _larger(best, tl.reduce(tl.dot(q, k.T, input_precision=PRECISION), 1, _larger))
+        k = vectors_of(k_ptr, token, k_stride_s, k_stride_d, D, D_PAD)
+        best = larger(best, tl.reduce(tl.dot(q, k.T, input_precision=PRECISION), 1, larger))
         if (first + TILE_K) % UNIT == 0:
             # as a row of a matrix: Triton 3.6 fails on sm_100 where a vector of rows is reduced
-            top = tl.reduce(best[None, :], 1, _larger) * scale
+            top = tl.reduce(best[None, :], 1, larger) * scale
             empty = nobody | (tl.load(k_slots_ptr + first) < 0)
             tl.store(out_ptr + first // UNIT + tl.arange(0, 1), tl.where(empty, float("-inf"), top))
             best = tl.full([TILE_Q], float("-inf"), tl.float32)

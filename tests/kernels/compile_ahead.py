@@ -32,6 +32,7 @@ from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
+from dit_accel.kernels.descent import triton as searching
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
 from dit_accel.kernels.qk_norm_rope import Norm, Part
@@ -165,6 +166,15 @@ def compile_shares(capability: int, which: str) -> triton.compiler.CompiledKerne
     return compile_launch(sharing._units_kernel, capability, args, constants)
 
 
+def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKernel:
+    """Groups of 16 queries against units of 64 keys, as InfiniteHiP's recipe has them: the product, or the search."""
+    queries, k = torch.zeros(1, 16, 64, 16, 128, dtype=BF16), torch.zeros(1, 1024, 16, 128, dtype=BF16)
+    slots, tokens = torch.zeros(1024, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    most, out = torch.zeros(1, 16, 64, 1024), torch.zeros(1, 16, 64, 16)
+    kernel, (_, args, constants) = searching.launches(queries, k, slots, tokens, 64, most, out, 0)[which]
+    return compile_launch(kernel, capability, args, constants)
+
+
 def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
     score, keep = torch.zeros(1, 40, 591, 591), torch.zeros(591, 591, dtype=torch.bool)
     _, args, constants = summing.launch(score, keep, 0.9, 0.1, torch.zeros(1, 40, 591, 591, dtype=torch.bool))
@@ -236,6 +246,8 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
+    "descent-largest": lambda capability: compile_descent(capability, 0),
+    "descent-search": lambda capability: compile_descent(capability, 1),
     "shares-runs": lambda capability: compile_shares(capability, "runs"),
     "shares-units": lambda capability: compile_shares(capability, "units"),
     "shares-keys": lambda capability: compile_shares(capability, "keys"),
