@@ -35,9 +35,9 @@ def vectors_of(x_ptr, token, stride_s, stride_d, D: tl.constexpr, D_PAD: tl.cons
 
 @triton.jit
 def _max_kernel(
-    q_ptr, k_ptr, q_slots_ptr, k_slots_ptr, out_ptr,
+    q_ptr, k_ptr, q_slots_ptr, k_slots_ptr, q_bias_ptr, k_bias_ptr, out_ptr,
     q_stride_b, q_stride_s, q_stride_h, q_stride_d, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
-    heads, tiles, units, scale,
+    heads, length, tiles, units, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, UNIT: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -49,6 +49,9 @@ def _max_kernel(
     b = (tl.program_id(0) // tiles // heads).to(tl.int64)
     asking = tl.load(q_slots_ptr + tile * TILE_Q + tl.arange(0, TILE_Q))  # [TILE_Q]
     q = vectors_of(q_ptr + b * q_stride_b + h * q_stride_h, asking, q_stride_s, q_stride_d, D, D_PAD)
+    if q_bias_ptr is not None:
+        own = tl.load(q_bias_ptr + (b * heads + h) * length + tl.maximum(asking, 0))
+        k_bias_ptr += (b * heads + h) * length
     nobody = tl.load(q_slots_ptr + tile * TILE_Q) < 0
     k_ptr += b * k_stride_b + h * k_stride_h
     out_ptr += ((b * heads + h) * tiles + tile) * units
@@ -56,16 +59,28 @@ def _max_kernel(
     for first in tl.range(0, units * UNIT, TILE_K, num_stages=STAGES):
         token = tl.load(k_slots_ptr + first + tl.arange(0, TILE_K))  # [TILE_K]
         k = vectors_of(k_ptr, token, k_stride_s, k_stride_d, D, D_PAD)
-        best = larger(best, tl.reduce(tl.dot(q, k.T, input_precision=PRECISION), 1, larger))
+        logits = tl.dot(q, k.T, input_precision=PRECISION)
+        if q_bias_ptr is not None:
+            logits = logits * scale + tl.load(k_bias_ptr + tl.maximum(token, 0))[None, :]
+        best = larger(best, tl.reduce(logits, 1, larger))
         if (first + TILE_K) % UNIT == 0:
             # as a row of a matrix: Triton 3.6 fails on sm_100 where a vector of rows is reduced
-            top = tl.reduce(best[None, :], 1, larger) * scale
+            best = best + own if q_bias_ptr is not None else best * scale
+            top = tl.reduce(best[None, :], 1, larger)
             empty = nobody | (tl.load(k_slots_ptr + first) < 0)
             tl.store(out_ptr + first // UNIT + tl.arange(0, 1), tl.where(empty, float("-inf"), top))
             best = tl.full([TILE_Q], float("-inf"), tl.float32)
 
 
-def largest(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, scale: float) -> Tensor:
+def largest(
+    q: Tensor,
+    k: Tensor,
+    q_slots: Tensor,
+    k_slots: Tensor,
+    unit: int,
+    scale: float,
+    biases: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """Run the kernel on a checked, non-empty call; shapes as in `block_max`."""
     b, _, h, _ = q.shape
     tile_q, _ = tile_of(unit, q)
@@ -74,7 +89,7 @@ def largest(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, s
     answers = _repeated(k_slots, unit)
     asks = answers if q_slots is k_slots else _repeated(q_slots, unit)
     with torch.cuda.device_of(q):
-        grid, args, constants = launch(q, k, asks, answers, unit, scale, out)
+        grid, args, constants = launch(q, k, asks, answers, unit, scale, biases, out)
         _max_kernel[grid](*args, **constants)
     return out if tile_q == unit else out.unflatten(2, (-1, unit // tile_q)).amax(3)
 
@@ -86,14 +101,22 @@ def _repeated(slots: Tensor, unit: int) -> Tensor:
 
 
 def launch(
-    q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, scale: float, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    q_slots: Tensor,
+    k_slots: Tensor,
+    unit: int,
+    scale: float,
+    biases: tuple[Tensor, Tensor] | None,
+    out: Tensor,
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call of slots without holes."""
-    b, _, h, dim = q.shape
+    b, length, h, dim = q.shape
     tile_q, tile_k = tile_of(unit, q)
     tiles, units = out.shape[2:]
     args = (
-        q, k, q_slots.contiguous(), k_slots.contiguous(), out, *q.stride(), *k.stride(), h, tiles, units, scale,
+        q, k, q_slots.contiguous(), k_slots.contiguous(), *(x.contiguous() for x in biases or ()),
+        *((None, None) if biases is None else ()), out, *q.stride(), *k.stride(), h, length, tiles, units, scale,
     )  # fmt: skip
     constants = {
         "D": dim,
