@@ -166,7 +166,7 @@ def _attention_kernel(
             q_at = q_coords_ptr + q_tok
             q0 = tl.load(q_at, mask=q_ok, other=0)  # [TILE_Q]
             q1 = tl.load(q_at + q_len, mask=q_ok, other=0)
-            q2 = tl.load(q_at + 2 * q_len.to(tl.int64), mask=q_ok, other=0)
+            q2 = tl.load(q_at + 2 * q_len, mask=q_ok, other=0)
         for i in tl.range(n_full, n_all, num_stages=STAGES):
             key_block = tl.load(index_ptr + (i // SUB_K) * index_stride_m)
             slots = key_block * BLOCK_K + (i % SUB_K) * TILE_K + in_tile  # [TILE_K]
@@ -188,7 +188,7 @@ def _attention_kernel(
                 k_at = k_coords_ptr + k_tok
                 k0 = tl.load(k_at, mask=k_ok, other=0)  # [TILE_K]
                 k1 = tl.load(k_at + k_len, mask=k_ok, other=0)
-                k2 = tl.load(k_at + 2 * k_len.to(tl.int64), mask=k_ok, other=0)
+                k2 = tl.load(k_at + 2 * k_len, mask=k_ok, other=0)
                 visible &= _admitted(q0, q1, q2, k0, k1, k2, radius_0, radius_1, radius_2, PREDICATE)
             # a weight of zero does not silence a NaN, so values that no row sees are not even loaded
             seen = tl.max(visible.to(tl.int32), 0) > 0

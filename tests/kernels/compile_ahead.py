@@ -245,7 +245,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
 def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, Any]) -> triton.compiler.CompiledKernel:
     """Compile with the types and the divisibility that these arguments would have at run time."""
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in constants}
     signature, attrs = {}, {}
     for at, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         signature[name] = type_of(value)
