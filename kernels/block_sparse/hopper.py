@@ -6,7 +6,7 @@ It takes the calls that are most of the work; `triton.py` takes all others.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from dit_accel.kernels.sizes import power_of_two
 
 from .hopper_kernel import attention_kernel
 from .problem import Precision, Problem
-from .quantised_pack import Packed, pack
+from .quantised_pack import pack
 from .triton import _can_pack, _fit_tma, _list_strides, _outer_strides, _outputs, _pack
 
+RANKED_PAIRS = 10**10  # a millisecond of attention or more, where a tenth of the pairs are kept
 LINE = 128  # bytes of a row that the copy engine lays side by side
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 
@@ -57,16 +58,26 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def keys_of(problem: Problem) -> Packed:
-    """Keys and values as the copy engine reads them: in slot order, and in int8 where that is the precision."""
+class Keys(NamedTuple):
+    """Keys and values [B, slots, heads, D] as the copy engine reads them; `step` and `mean` as in `Packed`, in int8."""
+
+    k: Tensor
+    v: Tensor
+    step: Tensor | None = None
+    mean: Tensor | None = None
+
+
+def keys_of(problem: Problem) -> Keys:
+    """In slot order, and rounded where the precision is int8."""
     if problem.precision == "int8":
-        return pack(problem)
+        packed = pack(problem)
+        return Keys(packed.k, packed.v, packed.step, packed.mean)
     if problem.k_order is None:
-        return Packed(problem.k, problem.v, None, None)
-    return Packed(*_pack(problem.k, problem.v, problem.k_order.contiguous()), None, None)
+        return Keys(problem.k, problem.v)
+    return Keys(*_pack(problem.k, problem.v, problem.k_order.contiguous()))
 
 
-def launch(problem: Problem, keys: Packed, out: Tensor, lse: Tensor) -> tuple[tuple[int], tuple, dict[str, Any]]:
+def launch(problem: Problem, keys: Keys, out: Tensor, lse: Tensor) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
     q, index = problem.q, problem.index
     batch, q_len, heads, dim = q.shape
@@ -77,13 +88,15 @@ def launch(problem: Problem, keys: Packed, out: Tensor, lse: Tensor) -> tuple[tu
     full = problem.full_count if problem.splits else None
     q_tiles = index.shape[2]
     tiles = q_tiles * heads * batch
+    rank = problem.count.argsort(-1, descending=True) if worth_ranking(problem) else None
     args = (
         q, _descriptor(keys.k, problem.block_k), _descriptor(keys.v, problem.block_k),
         # what is not there is not read, but Gluon's tuples cannot hold None
         *(lse if tensor is None else tensor for tensor in (keys.step, keys.mean)), out, lse, index, problem.count,
-        *(index if tensor is None else tensor for tensor in (full, q_order, k_order)),
+        *(index if tensor is None else tensor for tensor in (full, rank, q_order, k_order)),
+        torch.zeros(1, dtype=torch.int32, device=q.device),
         *q.stride()[:3], *_list_strides(index)[:3], *_list_strides(problem.count), *_list_strides(full, 3),
-        *_list_strides(q_order, 3)[:2], *_list_strides(k_order, 3)[:2],
+        *_list_strides(rank, 3)[:2], *_list_strides(q_order, 3)[:2], *_list_strides(k_order, 3)[:2],
         q_len, problem.k.shape[1], 0 if keys.step is None else keys.step.shape[2], heads, heads // keys.k.shape[2],
         heads // keys.v.shape[2], heads // problem.k.shape[2], q_tiles, tiles, index.shape[3], problem.scale,
     )  # fmt: skip
@@ -95,6 +108,7 @@ def launch(problem: Problem, keys: Packed, out: Tensor, lse: Tensor) -> tuple[tu
         "BLOCK_Q": problem.block_q,
         "BLOCK_K": problem.block_k,
         "SPLIT": problem.splits,
+        "RANKED": rank is not None,
         "RAGGED": k_order is None and problem.k.shape[1] % problem.block_k > 0,
         "Q_ORDER": q_order is not None,
         "K_ORDER": k_order is not None,
@@ -105,6 +119,12 @@ def launch(problem: Problem, keys: Packed, out: Tensor, lse: Tensor) -> tuple[tu
     if per_processor == 2:
         constants["maxnreg"] = 128
     return (min(tiles, per_processor * _processors(q.device)),), args, constants
+
+
+def worth_ranking(problem: Problem) -> bool:
+    """Whether a sort is small beside the call: long lists come first then, so that none is begun when others end."""
+    batch, q_len, heads, _ = problem.q.shape
+    return batch * heads * q_len * problem.k.shape[1] >= RANKED_PAIRS
 
 
 def shape_of_program(padded_dim: int, block_q: int, precision: Precision) -> tuple[int, int]:

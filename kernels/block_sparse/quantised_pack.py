@@ -82,13 +82,13 @@ def padded(problem: Problem) -> int:
 class Packed:
     """`k` int8 and `v` [B, slots, heads, columns], views of head-major memory; `v` is the call's own where it can be.
 
-    `step` float32 [B, heads, key blocks], `mean` float32 [B, key heads, D]; both None where keys are not rounded.
+    `step` float32 [B, heads, key blocks], `mean` float32 [B, key heads, D].
     """
 
     k: Tensor
     v: Tensor
-    step: Tensor | None
-    mean: Tensor | None
+    step: Tensor
+    mean: Tensor
 
 
 def pack(problem: Problem) -> Packed:

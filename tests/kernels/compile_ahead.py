@@ -123,7 +123,8 @@ def compile_hopper(name: str, precision: Precision = "as given") -> triton.compi
     problem = replace(problem_of(*VARIANTS[name]), precision=precision)
     assert not hopper.misfits(problem)
     hopper._pack, hopper._processors = shaped_as_packed, lambda device: 132
-    keys = packing.packed_room(problem) if precision == "int8" else hopper.keys_of(problem)
+    hopper.pack = packing.packed_room
+    keys = hopper.keys_of(problem)
     out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
     _, args, constants = hopper.launch(problem, keys, out, lse)
     return compile_launch(hopper.attention_kernel, 90, args, constants)
@@ -280,8 +281,8 @@ def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, An
             attrs[(at,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
     if isinstance(kernel, GluonJITFunction):
-        constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = GluonASTSource(kernel, signature, constants, attrs)
+        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = GluonASTSource(kernel, signature, at, attrs)
     else:
         source = ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
