@@ -21,8 +21,10 @@ from dit_accel.kernels.block_mass.op import mass_op as block_mass_op
 from dit_accel.kernels.block_max.op import max_op
 from dit_accel.kernels.block_sparse.op import block_sparse_op
 from dit_accel.kernels.budget.op import heads_op, rows_op
+from dit_accel.kernels.descent.op import descend_op
 from dit_accel.kernels.merge.op import merge_op
 from dit_accel.kernels.qk_norm_rope.op import norm_rope_op
+from dit_accel.kernels.row_shares.op import keys_op, units_op
 from dit_accel.kernels.top_mass.op import mass_op
 
 STEPS = 4
@@ -295,6 +297,11 @@ def test_opcheck_of_the_kernels() -> None:
     joint = ([q, q[:, :5]], [k, k[:, :5]], [weight, weight, None, None, None, weight, weight, None])
     torch.library.opcheck(norm_rope_op, (*joint, "rms", 1e-6, False, True, table[0], table[1], 2, True, None))
     torch.library.opcheck(norm_rope_op, ([q], [k], [None] * 4, "layer", 1e-6, True, False, None, None, 0, True, None))
+    logits = torch.randn(1, 2, 3, 32)
+    torch.library.opcheck(units_op, (logits, slots[:32], 8, 0.2, torch.randn(1, 1, 32), None))
+    torch.library.opcheck(units_op, (logits, None, 8, 0.2, None, None))
+    torch.library.opcheck(descend_op, (q[:, :32, None].transpose(1, 3), k[:, :32], slots[:32], 16, None))
+    torch.library.opcheck(keys_op, (logits, 0.2, None, None))
     torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None))
 
 

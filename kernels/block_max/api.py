@@ -15,7 +15,7 @@ def block_max(
 ) -> Tensor:
     """Return the largest logit between any token of a query unit and any of a key unit.
 
-    Args: as in `block_mass`.
+    Args: as in `block_mass`; `scale` above 0.
 
     Returns:
         float32 [B, H, query units, key units]; -inf where a unit holds no token. A token that is not finite makes the
@@ -30,6 +30,8 @@ def block_max(
     if torch.compiler.is_compiling():
         return max_op(q, k, q_slots, k_slots, unit, scale, backend)
     check_units(q, k, q_slots, k_slots, unit)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; expected above 0")
     if uses_triton(q, q_slots, k_slots, backend):
         from .triton import largest
     else:

@@ -35,10 +35,12 @@ from dit_accel.kernels.block_sparse.api import _checked
 from dit_accel.kernels.block_sparse.problem import Precision, Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
+from dit_accel.kernels.descent import triton as searching
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
 from dit_accel.kernels.qk_norm_rope import Norm, Part
 from dit_accel.kernels.qk_norm_rope import triton as turning
+from dit_accel.kernels.row_shares import triton as sharing
 from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
@@ -161,9 +163,32 @@ def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compil
 
 def compile_max(capability: int) -> triton.compiler.CompiledKernel:
     q, slots = torch.zeros(1, 1024, 16, 32, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
-    out = torch.zeros(1, 16, 1024 // weighing.tile_of(128, q)[0], 8)
+    out = torch.zeros(1, 16, 1024 // maximal.tile_of(128, q)[0], 8)
     _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, out)
     return compile_launch(maximal._max_kernel, capability, args, constants)
+
+
+def compile_shares(capability: int, which: str) -> triton.compiler.CompiledKernel:
+    """XAttention's runs as they lie, or sampled rows with slots and a bias, by unit or by key."""
+    columns = 4728 if which == "runs" else 4096
+    logits, bias = torch.zeros(1, 16, 8, columns), None if which == "runs" else torch.zeros(1, 1, columns)
+    if which == "keys":
+        normal, out = torch.zeros(1, 16, 8, 2), torch.zeros(1, 16, 4096)
+        kernel, (_, args, constants) = sharing.launch_keys(logits, 0.1, bias, normal, out)[1]
+        return compile_launch(kernel, capability, args, constants)
+    slots, unit = (None, 8) if which == "runs" else (torch.zeros(4096, dtype=torch.int32), 64)
+    out = torch.zeros(1, 16, 8, columns // unit)
+    _, args, constants = sharing.launch_units(logits, slots, unit, 0.1, bias, out)
+    return compile_launch(sharing._units_kernel, capability, args, constants)
+
+
+def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKernel:
+    """Groups of 16 queries against units of 64 keys, as InfiniteHiP's recipe has them: the product, or the search."""
+    queries, k = torch.zeros(1, 16, 64, 16, 128, dtype=BF16), torch.zeros(1, 1024, 16, 128, dtype=BF16)
+    slots, tokens = torch.zeros(1024, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    most, out = torch.zeros(1, 16, 64, 1024), torch.zeros(1, 16, 64, 16)
+    kernel, (_, args, constants) = searching.launches(queries, k, slots, tokens, 64, most, out, 0)[which]
+    return compile_launch(kernel, capability, args, constants)
 
 
 def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
@@ -237,6 +262,11 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
+    "descent-largest": lambda capability: compile_descent(capability, 0),
+    "descent-search": lambda capability: compile_descent(capability, 1),
+    "shares-runs": lambda capability: compile_shares(capability, "runs"),
+    "shares-units": lambda capability: compile_shares(capability, "units"),
+    "shares-keys": lambda capability: compile_shares(capability, "keys"),
     "block-max": compile_max,
     "block-mass-64": lambda capability: compile_mass(capability, 64, BF16),
     "block-mass-128": lambda capability: compile_mass(capability, 128, BF16),

@@ -60,8 +60,8 @@ def test_selection_compiles(capability):
 
 
 def test_other_selection_compiles():
-    names = ("means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass")
-    check(compiled("90", *names, "norm-rope-layer", "norm-rope-rounds-first", "norm-rope-halves"))
+    names = ("means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass", "shares-units")
+    check(compiled("90", *names, "descent-largest", "norm-rope-layer", "norm-rope-rounds-first", "norm-rope-halves"))
 
 
 @pytest.mark.full

@@ -70,3 +70,5 @@ def test_bad_calls_say_what_was_given():
     given = {name: x for name, x in call(0).items() if name != "unit"}
     with pytest.raises(ValueError, match="unit is 24"):
         block_max(**given, unit=24)
+    with pytest.raises(ValueError, match=r"scale is -0\.3"):
+        block_max(**{**given, "scale": -0.3}, unit=16)
