@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuned
 from .problem import Problem
 from .quantised_pack import SMALLEST, TOP, Packed, pack, padded, to_int8
 from .tiles import Kind, Tile, power_of_two_part
@@ -229,7 +230,9 @@ def choose(capability: tuple[int, int], padded_dim: int, block_q: int, block_k: 
 def _tile_for(problem: Problem) -> Tile:
     device = problem.q.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return choose(capability, padded(problem), problem.block_q, problem.block_k, kind_of(problem))
+    kind, blocks = kind_of(problem), (problem.block_q, problem.block_k)
+    own = tuned.tile_for(device, "int8", kind, padded(problem), *blocks)
+    return own or choose(capability, padded(problem), *blocks, kind)
 
 
 def launch(problem: Problem, packed: Packed, tile: Tile, out: Tensor, lse: Tensor) -> tuple[tuple[int], tuple, dict]:

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.sizes import power_of_two
 
+from . import tuned
 from .problem import Problem
 from .tiles import Kind, Tile, choose
 
@@ -333,9 +334,10 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _tile_for(problem: Problem) -> Tile:
-    q, capability = problem.q, _capability(problem.q.device)
+    q, kind, blocks = problem.q, kind_of(problem), (problem.block_q, problem.block_k)
     padded = power_of_two(q.shape[3])
-    return choose(capability, padded, q.element_size(), problem.block_q, problem.block_k, kind_of(problem))
+    own = tuned.tile_for(q.device, "as given", kind, padded, *blocks) if q.element_size() == 2 else None
+    return own or choose(_capability(q.device), padded, q.element_size(), *blocks, kind)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
