@@ -1,6 +1,7 @@
 """Time one denoising step of true-sized models, stock and accelerated, on a few layers with random weights.
 
-    python -m dit_accel.eval.bench_step [--cases NAME...] [--densities D...] [--recipe NAME] [--out FOLDER] [--tiny]
+    python -m dit_accel.eval.bench_step [--cases NAME...] [--densities D...] [--recipe NAME] [--out FOLDER]
+        [--compiled [BACKEND]] [--tiny]
 
 Both run in one process on the same inputs, in bf16, stock with cuDNN's attention where it takes the call. Before a case
 is timed, its first attention layer is run on a plan that holds all pairs and held against stock. A step is
@@ -9,7 +10,8 @@ of the blocks. The accelerated step decides anew in every layer at every step (e
 what a decision costs, and what it costs to expand a kept one, stands in columns of its own. Amdahl's bound is the
 step with stock's attention time multiplied by the density and everything else as it was; where stock's attention is
 slowed by a mask that ours leaves out (HunyuanVideo), it can be passed, and `sdpa_ms` tells the maskless time. Rows are
-written as they come; rows of other cases from the same commit, device and versions are kept.
+written as they come; rows of other cases from the same commit, device and versions are kept. `--compiled` times each
+case once more with its repeated blocks compiled, stock and accelerated (`eval/step_compiled.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +19,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,21 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import accelerate
 from dit_accel.attend import run
 from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
 from dit_accel.eval.source import RESULTS, provenance
-from dit_accel.eval.step_cases import CASES, Case, built, tiny
-from dit_accel.eval.step_clock import AttentionClock, StepTime, Stopwatch, extrapolate
+from dit_accel.eval.step_cases import CASES, Case, tiny
+from dit_accel.eval.step_clock import StepTime
+from dit_accel.eval.step_compiled import Compiled, compiled_steps
+from dit_accel.eval.step_model import STEPS, Bench, all_pairs
 from dit_accel.sparsity.planner import Planner
 from dit_accel.sparsity.recipes import resolve
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 WORST_ERROR = 1e-2  # of one bf16 attention layer; a wrong mask, order or rotation is far above
-STEPS = 1000  # of the pretended run; far more than are taken, so that no new run begins
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Row:
 
     `step_ms` and `stock_step_ms` are extrapolated to the full depth; `bound` is Amdahl's; `decision_ms`: choosing the
     pairs; `reuse_ms`: expanding a kept choice; `kernel_ms`: the sparse kernel; `sdpa_ms`: dense attention without a
-    mask on the same queries and keys; `stock_layer_ms`: stock's own attention call, mask included.
+    mask on the same queries and keys; `stock_layer_ms`: stock's own attention call, mask included. `compiled` holds
+    the same step with compiled blocks, where that was timed.
     """
 
     case: str
@@ -73,98 +74,7 @@ class Row:
     stock_backend: str
     measured_layers: int
     depth: int
-
-
-class Bench:
-    """One case on one device: the model, its inputs, and the clocks on its blocks."""
-
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
-        self.case, self.device, self.repeats = case, device, repeats
-        self.model: Any = built(case, device, dtype)
-        self.inputs = case.inputs(device, dtype)
-        self.watch = Stopwatch(device)
-        self.backends: list[SDPBackend] | None = None
-        self._clock: AttentionClock | None = None
-        for name in case.groups:
-            for block in getattr(self.model, name):
-                self._time_block(name, block)
-
-    @property
-    def site(self) -> Any:
-        """The first attention module a recipe may speak for."""
-        block = getattr(self.model, next(iter(self.case.groups)))[0]
-        return block.attn1 if hasattr(block, "attn1") else block.attn
-
-    def _time_block(self, name: str, block: torch.nn.Module) -> None:
-        started: list[Any] = []
-
-        def before(*_: Any) -> None:
-            if self._clock is not None:
-                self._clock.kind = name
-            started.append(self.watch.mark())
-
-        block.register_forward_pre_hook(before)
-        block.register_forward_hook(lambda *_: self.watch.add(name, started.pop()))
-
-    def forward(self) -> None:
-        """Run the transformer once under the chosen attention backends."""
-        with self.chosen_backends(), self.watch.span("forward"):
-            self.model(**self.inputs, return_dict=False)
-
-    def chosen_backends(self) -> Any:
-        """Make torch's attention use the backends that stock was found to run with."""
-        return nullcontext() if self.backends is None else sdpa_kernel(self.backends, set_priority=True)
-
-    def choose_backends(self) -> str:
-        """Take cuDNN's attention alone where the whole model runs with it, else first of several; say which."""
-        if self.device.type != "cuda":
-            return "torch's default"
-        self.backends = [SDPBackend.CUDNN_ATTENTION]
-        try:
-            self.forward()
-        except RuntimeError as error:
-            print(f"{self.case.name}: cuDNN alone does not run this model ({str(error).splitlines()[0]})", flush=True)
-            self.backends += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-            self.forward()
-        return ", then ".join(backend.name.split("_")[0].lower() for backend in self.backends)
-
-    def timed(self, before: Callable[[int], None] | None = None) -> StepTime:
-        """Run once to warm up and then `repeats` times; return the medians, scaled to the full depth."""
-        for index in range(self.repeats + 1):
-            if before is not None:
-                before(index)
-            self.forward()
-            if index == 0:
-                self.watch.read()
-        return extrapolate(self.watch.read(), self.case.groups, self.case.layers)
-
-    def timed_stock(self, tokens: int) -> StepTime:
-        """Time the stock model, and in it the attentions over all `tokens`."""
-        self._clock = AttentionClock(self.watch, tokens)
-        with self._clock:
-            try:
-                return self.timed()
-            finally:
-                self._clock = None
-
-    def first_layer(self) -> torch.Tensor:
-        """Return what the first attention gives the picture or video tokens, [B, S, C]."""
-        seen: list[Any] = []
-        hook = self.site.register_forward_hook(lambda module, args, out: seen.append(out))
-        try:
-            self.forward()
-        finally:
-            hook.remove()
-        return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-
-    def median_ms(self, call: Callable[[], Any]) -> float:
-        """Time a call alone: the median of `repeats` runs after one to warm up."""
-        for index in range(self.repeats + 1):
-            with self.watch.span("call"):
-                call()
-            if index == 0:
-                self.watch.read()
-        return statistics.median(self.watch.read()["call"])
+    compiled: Compiled | None = None
 
 
 def checked_error(bench: Bench, recipe: Recipe) -> tuple[float, int]:
@@ -173,8 +83,7 @@ def checked_error(bench: Bench, recipe: Recipe) -> tuple[float, int]:
     Raises RuntimeError when the error is no rounding, or not all pairs were computed.
     """
     stock = bench.first_layer()
-    every = recipe.override(score={"kind": "geometry"}, select={"kind": "within", "radius": 4096}, name="all pairs")
-    with accelerate(bench.model, every) as handle:
+    with accelerate(bench.model, all_pairs(recipe)) as handle:
         handle.step(0, STEPS, "cond")
         ours = bench.first_layer()
         report = handle.report()
@@ -245,7 +154,7 @@ def layer_parts(bench: Bench, recipe: Recipe, call: AttentionCall) -> dict[str, 
 
 @torch.no_grad()
 def run_case(case: Case, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Build, check and time one case, a row a density."""
+    """Build, check and time one case, a row a density; each row comes again when its compiled step was timed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     recipe = resolve(options.recipe, density=options.densities[0], dense_steps=0, dense_layers=0, every=1)
     bench = Bench(case, device, dtype, options.repeats)
@@ -254,8 +163,14 @@ def run_case(case: Case, options: argparse.Namespace, device: torch.device) -> I
     joint = len(case.groups) > 1  # text lies in the same sequence
     tokens = cells + (case.text if joint else 0)
     stock = bench.timed_stock(tokens)
+    rows = []
     for density in options.densities:
-        yield measure(bench, recipe.override(density=density), tokens, stock, error, backend)
+        rows.append(measure(bench, recipe.override(density=density), tokens, stock, error, backend))
+        yield rows[-1]
+    if options.compiled:
+        recipes = [recipe.override(density=density) for density in options.densities]
+        for row, compiled in zip(rows, compiled_steps(bench, recipes, stock, options.compiled), strict=True):
+            yield replace(row, compiled=compiled)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -281,10 +196,30 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def compiled_table(rows: Sequence[Row]) -> Table:
+    """Lay out the steps with compiled blocks beside the eager ones, in seconds."""
+    shown = Table(title="the same step, repeated blocks compiled", caption=_COMPILED_CAPTION)
+    for name in ("case", "density", "stock s", "ours s", "speedup", "Amdahl", "to eager stock", "error"):
+        shown.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+    for r in rows:
+        if (c := r.compiled) is not None:
+            speedups = (c.speedup, c.bound, r.stock_step_ms / c.step_ms)
+            times = (f"{c.stock_step_ms / 1e3:.3f}", f"{c.step_ms / 1e3:.3f}", *(f"{x:.2f}x" for x in speedups))
+            shown.add_row(r.case, f"{c.density:.3f}", *times, f"{c.error:.1e}")
+    return shown
+
+
+_COMPILED_CAPTION = "error: of the first attention over all pairs, compiled against eager"
 _CAPTION = (
     "attention: its share of the stock step; of one layer, in ms: stock's attention call, dense attention without a "
     "mask, our kernel, a decision, a kept decision used again"
 )
+
+
+def read_row(row: dict[str, Any]) -> Row:
+    """Make a row of what a file holds of it."""
+    compiled = row.get("compiled")
+    return Row(**{**row, "compiled": Compiled(**compiled) if compiled else None})
 
 
 def kept_rows(path: Path, source: dict[str, Any], cases: Sequence[str]) -> list[Row]:
@@ -292,7 +227,7 @@ def kept_rows(path: Path, source: dict[str, Any], cases: Sequence[str]) -> list[
     try:
         old = json.loads(path.read_text())
         same = all(old[key] == source[key] for key in source if key != "date")
-        return [Row(**row) for row in old["rows"] if row["case"] not in cases] if same else []
+        return [read_row(row) for row in old["rows"] if row["case"] not in cases] if same else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -313,6 +248,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--recipe", default="balanced", help="recipe or preset that decides")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts")
+    parser.add_argument(
+        "--compiled", nargs="?", const="inductor", default="", metavar="BACKEND", help="time compiled blocks, too"
+    )
     parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     parser.add_argument("--tiny", action="store_true", help="tiny twins of the models, on any device")
     return parser.parse_args(argv)
@@ -335,9 +273,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in chosen:
         try:
             for row in run_case(case, options, device):
-                rows.append(row)
+                rows = [old for old in rows if (old.case, old.asked) != (row.case, row.asked)] + [row]
                 write(path, source, rows)
-                shown = f"{row.case} at {row.density:.3f}: {row.speedup:.2f}x of {row.bound:.2f}x"
+                kind, timed = ("compiled", row.compiled) if row.compiled else ("eager", row)
+                shown = f"{row.case} at {timed.density:.3f}, {kind}: {timed.speedup:.2f}x of {timed.bound:.2f}x"
                 console.print(shown, highlight=False)
         except RuntimeError as error:  # the other cases can still run
             failed.append(case.name)
@@ -345,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     console.print(table(rows))
+    if any(row.compiled for row in rows):
+        console.print(compiled_table(rows))
     console.print(f"written: {path}")
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")

@@ -139,5 +139,24 @@ def judge(
     screen(stderr=as_json).print(found.table())
 
 
+@app.command(name="tune-kernels")
+def tune_kernels(
+    seconds: Annotated[float, typer.Option(min=1, help="Time for all; what was found by then is kept.")] = 300,
+    case: Annotated[list[str] | None, typer.Option(help="Call to tune, repeatable; all, if none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Table to write; the one this GPU's calls read, if none.")] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Remove the table: back to the committed tiles.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure which kernel tiles are fastest on this GPU, each checked first, and use them from then on."""
+    from .tune_job import TuneJob
+
+    job = TuneJob(seconds, case or [], out)
+    if reset:
+        job.reset()
+    else:
+        job.run(as_json)
+
+
 if __name__ == "__main__":
     main()

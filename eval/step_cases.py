@@ -51,20 +51,24 @@ CASES = (
     Case("hunyuan-720p-129", MODELS["hunyuan-video"], 1, (33, 90, 160), 256),
     Case("wan-1.3b-480p-81", MODELS["wan-1.3b"], 2, (21, 60, 104), 512),
     Case("flux-4096", MODELS["flux"], 1, (1, 256, 256), 512),
+    Case("flux-2048", MODELS["flux"], 1, (1, 128, 128), 512),
+    Case("hunyuan-720p-33", MODELS["hunyuan-video"], 1, (9, 90, 160), 256),
+    Case("wan-1.3b-480p-33", MODELS["wan-1.3b"], 2, (9, 60, 104), 512),
 )
 
 _SMALL = {"num_attention_heads": 2, "attention_head_dim": 16}
-_TINY_SETTINGS: dict[str, dict[str, Any]] = {
-    "wan-14b-720p-81": {"text_dim": 32, "freq_dim": 32, "ffn_dim": 64},
-    "hunyuan-720p-129": {
+_WAN = {"text_dim": 32, "freq_dim": 32}
+_TINY_SETTINGS: dict[str, dict[str, Any]] = {  # by model
+    "wan-14b": {**_WAN, "ffn_dim": 64},
+    "wan-1.3b": {**_WAN, "ffn_dim": 48},
+    "hunyuan-video": {
         "in_channels": 4,
         "text_embed_dim": 32,
         "pooled_projection_dim": 16,
         "rope_axes_dim": (4, 6, 6),
         "num_refiner_layers": 1,
     },
-    "wan-1.3b-480p-81": {"text_dim": 32, "freq_dim": 32, "ffn_dim": 48},
-    "flux-4096": {
+    "flux": {
         "in_channels": 4,
         "joint_attention_dim": 32,
         "pooled_projection_dim": 16,
@@ -75,7 +79,7 @@ _TINY_SETTINGS: dict[str, dict[str, Any]] = {
 
 def tiny(case: Case) -> Case:
     """Return a twin of a case that runs on a CPU in a moment: the same path, few channels and tokens, odd sizes."""
-    changes = {**_SMALL, **_TINY_SETTINGS[case.name]}
+    changes = {**_SMALL, **_TINY_SETTINGS[case.model.name]}
     grid = (1, 23, 29) if case.grid[0] == 1 else (5, 14, 22)
     return replace(case, name=f"tiny-{case.name}", changes=changes, grid=grid, text=16)
 

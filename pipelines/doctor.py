@@ -40,6 +40,7 @@ def examine() -> list[Check]:
         *(_version(name) for name in VERSIONS),
         *_guarded("cuda", _cuda),
         *_guarded("kernel", _kernel),
+        *_guarded("tiles", _tiles),
         *_guarded("opencv", _opencv),
         _ffmpeg(),
         _hub_kernels(),
@@ -110,6 +111,28 @@ def _kernel() -> Check:
     if not why:
         return Check("kernel", "ok", found)
     return Check("kernel", "warn", f"{found} ({why})", "right on every machine, fast only on CUDA")
+
+
+def _tiles() -> Check:
+    """Say which table the kernels take their tiles from: measured on this GPU, or committed."""
+    import torch
+
+    from dit_accel.kernels.block_sparse import tuned
+
+    gpu = tuned.gpu_name(torch.device("cuda", 0)) if torch.cuda.is_available() else ""
+    if not gpu:
+        return Check("tiles", "ok", "the committed table (no CUDA device)")
+    try:
+        table = tuned.read(tuned.path(gpu))
+    except ValueError as error:
+        return Check("tiles", "fail", f"sparse calls will fail: {error}", "dit-accel tune-kernels --reset")
+    if table is None:
+        return Check("tiles", "ok", "the committed table (dit-accel tune-kernels measures this GPU)")
+    why = table.misfit(gpu)
+    if why:
+        return Check("tiles", "warn", f"the committed table ({tuned.path(gpu)}: {why})", "dit-accel tune-kernels")
+    found = f"{len(table.tiles)} measured on this GPU on {table.date}, else the committed table: {tuned.path(gpu)}"
+    return Check("tiles", "ok", found)
 
 
 def _opencv() -> Check:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dit_accel.errors import ConfigError
-from dit_accel.eval import bench_plan
+from dit_accel.eval import bench_plan, step_cases
 from dit_accel.eval.source import RESULTS
 from dit_accel.planning import rates
+from dit_accel.sparsity.recipes import resolve
 
 
 def test_too_few_cases_are_refused(tmp_path: Path) -> None:
@@ -30,6 +31,19 @@ def test_nothing_measured_or_a_broken_result_is_said(tmp_path: Path) -> None:
     (tmp_path / "step_x.json").write_text('{"gpu": "x", "rows": [{"case": "y"}]}')
     with pytest.raises(ConfigError, match="is no result of the step benchmark"):
         bench_plan.main(["--results", str(tmp_path)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [case.name for case in step_cases.CASES])
+def test_every_case_of_the_step_benchmark_can_be_judged(name: str) -> None:
+    """True models at full depth, counted without a device; marked full for the seconds that takes."""
+    row = dict.fromkeys(("density", "step_ms", "kernel_ms", "decision_ms", "reuse_ms", "attention_share"), 0.5)
+    case = bench_plan.measured_case(name, resolve("balanced"), [{**row, "stock_step_ms": 2.0, "sdpa_ms": 1.0}])
+    (true,) = (case for case in step_cases.CASES if case.name == name)
+    assert case.sites == true.depth
+    assert case.masked == (true.model.name == "hunyuan-video")
+    assert case.slots >= case.tokens - (true.text // 2 if case.masked else 0)
+    assert case.whole == (true.model.name == "flux")
 
 
 @pytest.mark.full

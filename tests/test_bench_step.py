@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from dit_accel import attend
-from dit_accel.eval import bench_step, step_cases, step_clock
+from dit_accel.eval import bench_step, step_cases, step_clock, step_compiled, step_model
+from dit_accel.sparsity.recipes import resolve
 
-TINY = [step_cases.tiny(case) for case in step_cases.CASES]
+KINDS = step_cases.CASES[:4]  # the others are these models at other sizes, and the same tiny twins
+TINY = [step_cases.tiny(case) for case in KINDS]
 
 
 def bench(out: Path, *options: str) -> dict[str, Any]:
@@ -24,8 +28,8 @@ def bench(out: Path, *options: str) -> dict[str, Any]:
 
 
 def test_every_case_is_checked_timed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = bench(tmp_path, "--densities", "0.5", "0.3")
-    rows = [bench_step.Row(**row) for row in result["rows"]]
+    result = bench(tmp_path, "--densities", "0.5", "0.3", "--cases", *(case.name for case in KINDS))
+    rows = [bench_step.read_row(row) for row in result["rows"]]
     assert [(r.case, r.asked) for r in rows] == [(case.name, d) for case in TINY for d in (0.5, 0.3)]
     assert {result[key] for key in ("commit", "recipe")} == {"abc", "balanced"}
     for row in rows:
@@ -41,6 +45,55 @@ def test_every_case_is_checked_timed_and_written(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert all(case.name in shown for case in TINY)
     assert "Amdahl" in shown
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b-480p-81", "flux-4096"])
+def test_compiled_steps_stand_beside_eager_ones(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two kinds of blocks in Flux, one in Wan: compiled once, timed without compiling again, and undone."""
+    result = bench(tmp_path, "--densities", "0.5", "0.3", "--cases", name, "--compiled", "aot_eager")
+    rows = [bench_step.read_row(row) for row in result["rows"]]
+    assert [row.asked for row in rows] == [0.5, 0.3]
+    for row in rows:
+        assert row.compiled is not None
+        assert row.compiled.backend == "aot_eager"
+        assert row.compiled.error == 0  # this backend runs the very same operations
+        assert row.compiled.density == row.density
+        assert row.compiled.speedup == pytest.approx(row.compiled.stock_step_ms / row.compiled.step_ms)
+        saved = row.attention_share * row.stock_step_ms * (1 - row.density)
+        assert row.compiled.bound == pytest.approx(row.compiled.stock_step_ms / (row.compiled.stock_step_ms - saved))
+    assert "repeated blocks compiled" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_clocked_and_may_not_compile_again() -> None:
+    made = step_model.Bench(TINY[2], torch.device("cpu"), torch.float32, repeats=1)
+    made.forward()
+    counters.clear()
+    made.watch.read()
+    with made.compiled("aot_eager"):
+        made.forward()
+        assert counters["stats"]["unique_graphs"] == 1
+        assert len(made.watch.read()["blocks"]) == TINY[2].layers
+
+        def longer(index: int) -> None:
+            made.inputs["hidden_states"] = torch.randn(1, 16, 5, 14, 22 + 2 * index)
+
+        with pytest.raises(RuntimeError, match="recompile"):
+            made.timed(longer)
+    made.watch.read()
+    made.forward()
+    assert len(made.watch.read()["blocks"]) == TINY[2].layers
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_a_wrong_compiled_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = step_model.Bench(TINY[2], torch.device("cpu"), torch.float32, repeats=1)
+    answers = iter([torch.ones(3), torch.tensor([1.0, 1.0, 1.2])])
+    monkeypatch.setattr(step_compiled, "first_answer", lambda *_: next(answers))
+    recipe = resolve("balanced", density=0.5, dense_steps=0, dense_layers=0)
+    with pytest.raises(RuntimeError, match=r"relative error 0\.1"):
+        next(step_compiled.compiled_steps(made, [recipe], step_clock.StepTime(1.0), "eager"))
 
 
 def test_rows_of_other_cases_are_kept_unless_the_source_changed(tmp_path: Path) -> None:
@@ -76,11 +129,10 @@ def test_extrapolation_by_hand() -> None:
 
 def test_true_shapes() -> None:
     """Tokens and parameters a block of the real models, which the cases stand for."""
-    wan, hunyuan, small, flux = step_cases.CASES
-    tokens = [(f * h * w // 4) for f, h, w in (wan.grid, hunyuan.grid, small.grid)]
-    assert tokens == [75_600, 118_800, 32_760]
-    assert flux.grid[1] * flux.grid[2] == 65_536
-    assert [case.depth for case in step_cases.CASES] == [40, 60, 30, 57]
+    wan, hunyuan, small, flux = KINDS
+    tokens = {case.name: math.prod(case.grid) // (1 if case.model.name == "flux" else 4) for case in step_cases.CASES}
+    assert list(tokens.values()) == [75_600, 118_800, 32_760, 65_536, 16_384, 32_400, 14_040]
+    assert [case.depth for case in step_cases.CASES] == [40, 60, 30, 57, 57, 60, 30]
     for case, least, most in (
         (wan, 12.5e9, 14.5e9),
         (hunyuan, 12e9, 13.5e9),

@@ -95,7 +95,8 @@ def seen_by_stock(pipe: Any, call: dict[str, Any], like: torch.Tensor) -> Pairs:
 def check_like_stock(name: str, dtype: torch.dtype, calls: list[int]) -> None:
     """At the first site what comes in is equal, and so are all roundings; later ones inherit what attention rounds.
 
-    On a GPU products of another length may round otherwise too: our HunyuanVideo projects no padding.
+    On a GPU products of another length may round otherwise too (our HunyuanVideo projects no padding), and so does
+    attention, whose kernel is another than stock's.
     """
     exact = DEVICE == "cpu"
     pipe, call = built(name, dtype)
@@ -110,7 +111,7 @@ def check_like_stock(name: str, dtype: torch.dtype, calls: list[int]) -> None:
             if dtype == torch.float32:
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 if exact else 1e-4)
             else:
-                assert off < (1e-3 if at == 0 and exact else 2e-2)
+                assert off < ((1e-3 if at == 0 else 2e-2) if exact else 0.1)
                 torch.testing.assert_close(got, expected, rtol=2**-6, atol=2e-2)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuned
 from .problem import Problem
 from .quantised_pack import SMALLEST, TOP, Packed, pack, padded, to_int8
 from .tiles import Kind, Tile, power_of_two_part
@@ -166,7 +167,7 @@ def _attention_kernel(
             q_at = q_coords_ptr + q_tok
             q0 = tl.load(q_at, mask=q_ok, other=0)  # [TILE_Q]
             q1 = tl.load(q_at + q_len, mask=q_ok, other=0)
-            q2 = tl.load(q_at + 2 * q_len.to(tl.int64), mask=q_ok, other=0)
+            q2 = tl.load(q_at + 2 * q_len, mask=q_ok, other=0)
         for i in tl.range(n_full, n_all, num_stages=STAGES):
             key_block = tl.load(index_ptr + (i // SUB_K) * index_stride_m)
             slots = key_block * BLOCK_K + (i % SUB_K) * TILE_K + in_tile  # [TILE_K]
@@ -188,7 +189,7 @@ def _attention_kernel(
                 k_at = k_coords_ptr + k_tok
                 k0 = tl.load(k_at, mask=k_ok, other=0)  # [TILE_K]
                 k1 = tl.load(k_at + k_len, mask=k_ok, other=0)
-                k2 = tl.load(k_at + 2 * k_len.to(tl.int64), mask=k_ok, other=0)
+                k2 = tl.load(k_at + 2 * k_len, mask=k_ok, other=0)
                 visible &= _admitted(q0, q1, q2, k0, k1, k2, radius_0, radius_1, radius_2, PREDICATE)
             # a weight of zero does not silence a NaN, so values that no row sees are not even loaded
             seen = tl.max(visible.to(tl.int32), 0) > 0
@@ -229,7 +230,9 @@ def choose(capability: tuple[int, int], padded_dim: int, block_q: int, block_k: 
 def _tile_for(problem: Problem) -> Tile:
     device = problem.q.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return choose(capability, padded(problem), problem.block_q, problem.block_k, kind_of(problem))
+    kind, blocks = kind_of(problem), (problem.block_q, problem.block_k)
+    own = tuned.tile_for(device, "int8", kind, padded(problem), *blocks)
+    return own or choose(capability, padded(problem), *blocks, kind)
 
 
 def launch(problem: Problem, packed: Packed, tile: Tile, out: Tensor, lse: Tensor) -> tuple[tuple[int], tuple, dict]:

@@ -1,4 +1,4 @@
-"""Which tile a launch uses: a committed table of measured choices, no tuning at run time."""
+"""Which tile a launch uses: a committed table of measured choices, no tuning at run time (but see `tuned.py`)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.sizes import power_of_two
 
+from . import tuned
 from .problem import Problem
 from .tiles import Kind, Tile, choose
 
@@ -196,7 +197,7 @@ def _attention_kernel(
             q_at = q_coords_ptr + q_tok
             q0 = tl.load(q_at, mask=q_ok, other=0)  # [TILE_Q]
             q1 = tl.load(q_at + q_len, mask=q_ok, other=0)
-            q2 = tl.load(q_at + 2 * q_len.to(tl.int64), mask=q_ok, other=0)
+            q2 = tl.load(q_at + 2 * q_len, mask=q_ok, other=0)
         for i in tl.range(n_full, n_all, num_stages=STAGES):
             first = tl.load(index_ptr + (i // SUB_K) * index_stride_m) * BLOCK_K + (i % SUB_K) * TILE_K
             slots = first + in_tile  # [TILE_K]
@@ -219,7 +220,7 @@ def _attention_kernel(
                 k_at = k_coords_ptr + k_tok
                 k0 = tl.load(k_at, mask=k_ok, other=0)  # [TILE_K]
                 k1 = tl.load(k_at + k_len, mask=k_ok, other=0)
-                k2 = tl.load(k_at + 2 * k_len.to(tl.int64), mask=k_ok, other=0)
+                k2 = tl.load(k_at + 2 * k_len, mask=k_ok, other=0)
                 visible &= _admitted(q0, q1, q2, k0, k1, k2, radius_0, radius_1, radius_2, PREDICATE)
             logits = tl.where(visible, logits, float("-inf"))
             # a weight of zero does not silence a NaN, so values that no row sees are not even loaded
@@ -333,9 +334,10 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _tile_for(problem: Problem) -> Tile:
-    q, capability = problem.q, _capability(problem.q.device)
+    q, kind, blocks = problem.q, kind_of(problem), (problem.block_q, problem.block_k)
     padded = power_of_two(q.shape[3])
-    return choose(capability, padded, q.element_size(), problem.block_q, problem.block_k, kind_of(problem))
+    own = tuned.tile_for(q.device, "as given", kind, padded, *blocks) if q.element_size() == 2 else None
+    return own or choose(_capability(q.device), padded, q.element_size(), *blocks, kind)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

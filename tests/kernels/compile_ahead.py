@@ -20,16 +20,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_mass import triton as weighing
 from dit_accel.kernels.block_max import triton as maximal
+from dit_accel.kernels.block_sparse import hopper
 from dit_accel.kernels.block_sparse import quantised_pack as packing
 from dit_accel.kernels.block_sparse import quantised_triton as rounded
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
-from dit_accel.kernels.block_sparse.problem import Predicate, Problem
+from dit_accel.kernels.block_sparse.problem import Precision, Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.descent import triton as searching
@@ -41,6 +44,7 @@ from dit_accel.kernels.row_shares import triton as sharing
 from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 BF16, FP32 = torch.bfloat16, torch.float32
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 TYPES = {
@@ -114,6 +118,18 @@ def compile_rounded(capability: int, name: str, pack: bool = False) -> triton.co
     out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
     _, args, constants = rounded.launch(problem, room, tile, out, lse)
     return compile_launch(rounded._attention_kernel, capability, args, constants)
+
+
+def compile_hopper(name: str, precision: Precision = "as given") -> triton.compiler.CompiledKernel:
+    """The kernel of capability 9.0 on a call of the table above."""
+    problem = replace(problem_of(*VARIANTS[name]), precision=precision)
+    assert not hopper.misfits(problem)
+    hopper._pack, hopper._processors = shaped_as_packed, lambda device: 132
+    hopper.pack = packing.packed_room
+    keys = hopper.keys_of(problem)
+    out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
+    _, args, constants = hopper.launch(problem, keys, out, lse)
+    return compile_launch(hopper.attention_kernel, 90, args, constants)
 
 
 def compile_pack(capability: int) -> triton.compiler.CompiledKernel:
@@ -273,11 +289,21 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "assign-128-fp32": lambda capability: compile_assign(capability, 128, FP32),
 }
 
+HOPPER: dict[str, Callable[[], triton.compiler.CompiledKernel]] = {
+    **{f"hopper-{name}": lambda name=name: compile_hopper(name) for name in (
+        "bf16-128", "bf16-128-narrow", "bf16-128-small", "bf16-64-small", "bf16-64-ragged", "bf16-128-orders",
+        "bf16-128-orders-full",
+    )},
+    **{f"hopper-int8-{name}": lambda name=name: compile_hopper(f"bf16-{name}", "int8") for name in (
+        "128", "128-narrow", "64-ragged", "128-orders",
+    )},
+}  # fmt: skip
+
 
 def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, Any]) -> triton.compiler.CompiledKernel:
     """Compile with the types and the divisibility that these arguments would have at run time."""
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     signature, attrs = {}, {}
     for at, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         signature[name] = type_of(value)
@@ -286,13 +312,19 @@ def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, An
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[(at,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
-    source = ASTSource(kernel, signature, constants, attrs)
+    if isinstance(kernel, GluonJITFunction):
+        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = GluonASTSource(kernel, signature, at, attrs)
+    else:
+        source = ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def type_of(value: object) -> str:
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
+    if isinstance(value, GluonDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
     if isinstance(value, torch.Tensor):
@@ -302,7 +334,9 @@ def type_of(value: object) -> str:
 
 def measure(capability: int, name: str) -> dict[str, Any]:
     """Compile one variant and say what a program takes: shared memory and stack in bytes, registers a thread."""
-    if name in OTHERS:
+    if name in HOPPER:
+        compiled = HOPPER[name]()
+    elif name in OTHERS:
         compiled = OTHERS[name](capability)
     else:
         compiled = compile_attention(capability, problem_of(*VARIANTS[name]))
@@ -333,9 +367,11 @@ def table(capabilities: list[int]) -> None:
     print(f"Triton {triton.__version__}: shared memory in KiB / registers a thread / bytes of stack.\n")
     print("| kernel | " + " | ".join(f"sm_{capability}" for capability in capabilities) + " |")
     print("|---" * (len(capabilities) + 1) + "|")
-    for name in (*VARIANTS, *OTHERS):
-        cells = [measure(capability, name) for capability in capabilities]
-        told = [f"{c['shared'] / 1024:.0f} / {c['registers']} / {c['stack']}" for c in cells]
+    for name in (*VARIANTS, *OTHERS, *HOPPER):
+        cells = [
+            measure(capability, name) if name not in HOPPER or capability == 90 else None for capability in capabilities
+        ]
+        told = ["" if c is None else f"{c['shared'] / 1024:.0f} / {c['registers']} / {c['stack']}" for c in cells]
         print(f"| {name} | " + " | ".join(told) + " |", flush=True)
 
 
@@ -343,7 +379,7 @@ def main(first: str, rest: list[str]) -> None:
     if first == "table":
         table([int(capability) for capability in rest] or list(CAPABILITIES))
         return
-    for name in rest or [*VARIANTS, *OTHERS]:
+    for name in rest or [*VARIANTS, *OTHERS, *(HOPPER if first == "90" else ())]:
         print(json.dumps(measure(int(first), name)), flush=True)
 
 

@@ -56,7 +56,7 @@ def test_doctor_of_a_machine_that_works(cli: Cli) -> None:
     assert (result.exit_code, data["ok"]) == (0, True), data
     found = {check["name"]: check for check in data["checks"]}
     assert set(found) == {
-        "python", "torch", "diffusers", "transformers", "triton", "cuda", "kernel", "opencv", "ffmpeg",
+        "python", "torch", "diffusers", "transformers", "triton", "cuda", "kernel", "tiles", "opencv", "ffmpeg",
         "hub kernels", "demo models",
     }  # fmt: skip
     assert found["torch"]["found"].startswith(importlib.metadata.version("torch"))
