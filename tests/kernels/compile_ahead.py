@@ -38,6 +38,7 @@ from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.descent import triton as searching
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
+from dit_accel.kernels.pooled import triton as standing
 from dit_accel.kernels.qk_norm_rope import Norm, Part
 from dit_accel.kernels.qk_norm_rope import triton as turning
 from dit_accel.kernels.row_shares import triton as sharing
@@ -193,6 +194,14 @@ def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKern
     return compile_launch(kernel, capability, args, constants)
 
 
+def compile_pooled(capability: int) -> triton.compiler.CompiledKernel:
+    q, means, tokens = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128), torch.zeros(1, 16, 100)
+    allowed, row = torch.zeros(1, 16, 30, 100, dtype=torch.bool), torch.zeros(1, 16, 1024, dtype=torch.int64)
+    made = (torch.empty_like(q), torch.zeros(1, 16, 1024))
+    _, args, constants = standing.launch(q, means, means, tokens, allowed, row, 0.1, made)
+    return compile_launch(standing._pooled_kernel, capability, args, constants)
+
+
 def compile_unit_error(capability: int) -> triton.compiler.CompiledKernel:
     """Clusters, which each head has its own."""
     q, k, means = torch.zeros(1, 16, 300, 128), torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128)
@@ -273,6 +282,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
+    "pooled": compile_pooled,
     "unit-error": compile_unit_error,
     "descent-largest": lambda capability: compile_descent(capability, 0),
     "descent-search": lambda capability: compile_descent(capability, 1),
