@@ -302,7 +302,7 @@ def test_opcheck_of_the_kernels() -> None:
     torch.library.opcheck(units_op, (logits, None, 8, 0.2, None, None))
     torch.library.opcheck(descend_op, (q[:, :32, None].transpose(1, 3), k[:, :32], slots[:32], 16, None))
     torch.library.opcheck(keys_op, (logits, 0.2, None, None))
-    torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None))
+    torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None, None, None))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ non-finite, which selectors read as "compute it". Text is kept by rule and has n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -267,19 +266,3 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
     q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
     slots = runs_of(tiling, tiling.unit, device).slots
     return block_max(q, k, slots, slots, tiling.unit, kept**-0.5).softmax(-1)
-
-
-def products(
-    scene: Scene, q: torch.Tensor, k: torch.Tensor, scale: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the logits of a few query units to all keys, float32 [B, H, units, unit, keys], and which slots are real.
-
-    `q`, `k` [B, S, H, C]. Memory stays below `BYTES` a part, so no map over token pairs is ever held.
-    """
-    uploaded, tiling = scene.tiling.on(q.device), scene.tiling
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
-    b, s, h, _ = k.shape
-    keys = rows.operand(k.permute(0, 2, 3, 1))
-    for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
-        queries = rows.operand(q[:, part.clamp(min=0).long().flatten()].transpose(1, 2))
-        yield (rows.product(queries, keys) * scale).unflatten(2, part.shape), (part >= 0).float()

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_max.triton import larger, vectors_of
+from dit_accel.kernels.block_mass.triton import vectors_of
+from dit_accel.kernels.block_max.triton import larger
 from dit_accel.kernels.block_sparse.triton import runs_on
 from dit_accel.kernels.sizes import power_of_two
 
@@ -33,20 +34,19 @@ def _largest_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, ASKING: tl.constexpr, GROUPS: tl.constexpr, TILE_K: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some groups of queries of one head: the largest product of each group with every key; a hole has that of token 0.
+    """Some groups of queries of one head: the largest product of each group with every key.
 
     Queries are the columns of the product, so that most of a group lies in one thread.
     """
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = tile * GROUPS + tl.arange(0, GROUPS)
     row = tile * GROUPS * ASKING + tl.arange(0, GROUPS * ASKING)
-    asking = tl.where(row < groups * ASKING, row, -1)
-    q = vectors_of(q_ptr + bh * q_stride_bh, asking, D, 1, D, D_PAD).T
+    q = vectors_of(q_ptr + bh * q_stride_bh, tl.minimum(row, groups * ASKING - 1), D, 1, D, D_PAD).T
     k_ptr += bh // heads * k_stride_b + bh % heads * k_stride_h
     out_ptr += bh * groups * slots
     for first in tl.range(0, slots, TILE_K, num_stages=STAGES):
         slot = first + tl.arange(0, TILE_K)
-        token = tl.load(slots_ptr + slot, mask=slot < slots, other=-1)
+        token = tl.load(slots_ptr + slot, mask=slot < slots, other=0)
         products = tl.dot(vectors_of(k_ptr, token, k_stride_s, k_stride_d, D, D_PAD), q, input_precision=PRECISION)
         most = tl.reduce(tl.reshape(products, [TILE_K, GROUPS, ASKING]), 2, larger)  # [TILE_K, GROUPS]
         at = group[None, :].to(tl.int64) * slots + slot[:, None]
@@ -103,7 +103,7 @@ def launches(
 ) -> list[tuple[Any, tuple[tuple[int, ...], tuple, dict[str, Any]]]]:
     """Both kernels in order, with grid, arguments and constants, for the groups from `done` on, whole ones."""
     b, h, groups, asking, dim = queries.shape
-    queries, slots = queries.contiguous(), slots.contiguous()
+    queries, slots = queries.contiguous(), slots.clamp(min=0)  # nobody searches in holes
     padded, exact = power_of_two(dim, 16), k.element_size() == 4
     at_once = max(1, (32 if exact else 64 if padded > 128 else ROWS) // asking)
     constants = {

@@ -161,10 +161,11 @@ def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compil
     return compile_launch(weighing._mass_kernel, capability, args, constants)
 
 
-def compile_max(capability: int) -> triton.compiler.CompiledKernel:
-    q, slots = torch.zeros(1, 1024, 16, 32, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
+def compile_max(capability: int, dim: int, biased: bool) -> triton.compiler.CompiledKernel:
+    q, slots = torch.zeros(1, 1024, 16, dim, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
+    biases = (torch.zeros(1, 16, 1024),) * 2 if biased else None
     out = torch.zeros(1, 16, 1024 // maximal.tile_of(128, q)[0], 8)
-    _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, out)
+    _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, biases, out)
     return compile_launch(maximal._max_kernel, capability, args, constants)
 
 
@@ -267,7 +268,8 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "shares-runs": lambda capability: compile_shares(capability, "runs"),
     "shares-units": lambda capability: compile_shares(capability, "units"),
     "shares-keys": lambda capability: compile_shares(capability, "keys"),
-    "block-max": compile_max,
+    "block-max": lambda capability: compile_max(capability, 32, biased=False),
+    "block-max-biased": lambda capability: compile_max(capability, 128, biased=True),
     "block-mass-64": lambda capability: compile_mass(capability, 64, BF16),
     "block-mass-128": lambda capability: compile_mass(capability, 128, BF16),
     "block-mass-256": lambda capability: compile_mass(capability, 256, BF16),
