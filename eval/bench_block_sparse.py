@@ -195,7 +195,7 @@ def in_triton(q: Tensor, k: Tensor, v: Tensor, call: dict) -> tuple[Tensor, Tens
 
 
 def computed_pairs(case: Case, index: Tensor, block: tuple[int, int], count: Tensor | None = None) -> int:
-    """Token pairs in the lists, without the padding of ragged blocks; all of `index` is used where no count is given."""
+    """Token pairs in the lists, without the padding of ragged blocks; without a count all of `index` is used."""
     block_q, block_k = block
     blocks = torch.arange(index.shape[2], device=index.device)
     rows = (case.length - blocks * block_q).clamp(max=block_q)

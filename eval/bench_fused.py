@@ -1,6 +1,7 @@
-"""Check and time what runs beside attention: means of units, k-means, norm and rotation, each beside its bound.
+"""Check and time means of units, k-means, norm and rotation, and a plan's special branches, each beside its bound.
 
-    python -m dit_accel.eval.bench_fused [--out FOLDER] [--cases NAME...] [--tiny] [--commit HASH]
+    python -m dit_accel.eval.bench_fused [--out FOLDER] [--cases NAME...] [--only KIND...] [--tiny]
+        [--commit HASH]
 
 Every operation is first held against float64 on sampled rows of the very inputs that are timed; a wrong one is not
 timed. Times are medians of `triton.testing.do_bench` (with --tiny, on a CPU, of the clock). Beside each stands the
@@ -24,12 +25,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dit_accel.eval import norm_rope_rows
+from dit_accel.eval import branch_rows, norm_rope_rows
 from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.unit_means import unit_means
 from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
 
+KINDS = ("means", "norm-rope", "branches")
 BYTES_PER_MS, FLOPS_PER_MS = 3.35e9, 989e9
 WORST_MEAN = 1e-5  # relative to the largest mean, of sums in fp32
 WORST_EXCESS = 1e-2  # relative to the mean distance, of centroids rounded to bf16
@@ -64,7 +66,7 @@ class Row:
 
 
 def row(
-    case: Case | norm_rope_rows.Case,
+    case: Case | norm_rope_rows.Case | branch_rows.Case,
     operation: str,
     run: Callable[[], Any],
     error: float,
@@ -202,11 +204,37 @@ def run_norm_rope(case: norm_rope_rows.Case, device: torch.device) -> Iterator[R
         yield row(case, timed.name, timed.run, timed.error, timed.moved)
 
 
+@torch.no_grad()
+def run_branches(case: branch_rows.Case, device: torch.device) -> Iterator[Row]:
+    """Branches over columns, text and centroids."""
+    for timed in branch_rows.branch_rows(case, device):
+        yield row(case, timed.name, timed.run, timed.error, timed.moved, timed.flops)
+
+
+def kept_rows(path: Path, source: dict[str, str]) -> list[Row]:
+    """Return the rows of an earlier file that was made from the same commit, device and versions."""
+    try:
+        old = json.loads(path.read_text())
+        same = all(old[key] == source[key] for key in source if key != "date")
+        return [Row(**row) for row in old["rows"]] if same else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write(path: Path, source: dict[str, str], rows: Sequence[Row]) -> None:
+    """Write everything measured so far, by way of a second file so that a half-written one is never left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps({**source, "rows": [asdict(one) for one in rows]}, indent=1) + "\n")
+    half.replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    names = sorted({case.name for case in (*CASES, *norm_rope_rows.CASES)})
+    names = sorted({case.name for case in (*CASES, *norm_rope_rows.CASES, *branch_rows.CASES)})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models to time")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="which operations to time")
     parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on any device")
     options = parser.parse_args(argv)
@@ -217,21 +245,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device, options.commit)
     kind = "fused_tiny" if options.tiny else "fused"
     path = options.out / f"{kind}_{'-'.join(source['gpu'].lower().split())}.json"
-    means, turned = (TINY, norm_rope_rows.TINY) if options.tiny else (CASES, norm_rope_rows.CASES)
-    asked = [run_case(case, device) for case in means if options.tiny or case.name in options.cases]
-    asked += [run_norm_rope(case, device) for case in turned if options.tiny or case.name in options.cases]
-    rows: list[Row] = []
-    for one in itertools.chain(*asked):
-        rows.append(one)
+    full = (CASES, norm_rope_rows.CASES, branch_rows.CASES)
+    means, turned, branches = (TINY, norm_rope_rows.TINY, branch_rows.TINY) if options.tiny else full
+    kinds = {
+        "means": [(run_case, case) for case in means],
+        "norm-rope": [(run_norm_rope, case) for case in turned],
+        "branches": [(run_branches, case) for case in branches],
+    }
+    asked = [one for kind in options.only for one in kinds[kind]]
+    rows = kept_rows(path, source)
+    for one in itertools.chain.from_iterable(
+        run(case, device) for run, case in asked if options.tiny or case.name in options.cases
+    ):
+        rows = [old for old in rows if (old.case, old.operation) != (one.case, one.operation)] + [one]
+        write(path, source, rows)
         print(
             f"{one.case:16} {one.operation:28} {one.ms:9.3f} ms, "
             f"{one.bound_by} allow {one.bound_ms:.3f} ms, error {one.error:.1e}",
             flush=True,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps({**source, "rows": [asdict(one) for one in rows]}, indent=1) + "\n")
-    half.replace(path)
     print(f"written: {path}")
 
 

@@ -48,12 +48,13 @@ TINY = [
 
 @dataclass(frozen=True)
 class Timed:
-    """One checked operation: what to time, its error, and the bytes that it must move at least."""
+    """One checked operation: what to time, its error, and the bytes and FLOPs that it takes at least."""
 
     name: str
     run: Callable[[], Any]
     error: float
     moved: float
+    flops: float = 0.0
 
 
 class Call:

@@ -12,8 +12,8 @@ import torch
 from dit_accel.eval import bench_fused
 
 
-def bench(out: Path) -> None:
-    bench_fused.main(["--tiny", "--out", str(out), "--commit", "abc"])
+def bench(out: Path, *options: str) -> None:
+    bench_fused.main(["--tiny", "--out", str(out), "--commit", "abc", *options])
 
 
 def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
@@ -30,10 +30,48 @@ def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
     for case in bench_fused.norm_rope_rows.TINY:
         names = {row.operation for row in rows if row.case == case.name}
         assert names >= {f"norm+rope {by}" for by in ("stock", "triton", "reference")}
+    for case in bench_fused.branch_rows.TINY:
+        names = [row.operation for row in rows if row.case == case.name]
+        assert len([name for name in names if name.startswith("text")]) == (3 if case.text else 0)
+        assert {"columns 5%", f"centroids {case.clusters[0]}x{case.clusters[1]}"} <= set(names)
     for row in rows:
         assert row.ms > 0
         assert row.bound_ms > 0
         assert row.error <= bench_fused.WORST_EXCESS
+
+
+def test_branches_are_counted() -> None:
+    """By hand: queries and outputs once, listed keys and values once, and four FLOPs a pair and channel."""
+    case = bench_fused.branch_rows.Case("x", 200, 100, 2, 16, (3, 5))
+    rows = {row.name: row for row in bench_fused.branch_rows.branch_rows(case, torch.device("cpu"))}
+    one, both = rows["text keys 100"], rows["text keys 100, 2 samples"]
+    queries, words = 300 * 2 * 16 * 4, 100 * 2 * 16 * 4
+    assert one.moved == 2 * queries + 2 * words + 300 * 2 * 4
+    assert one.flops == 4 * 300 * 100 * 2 * 16
+    assert (both.moved, both.flops) == (2 * (one.moved - 2 * words) + 2 * words, 2 * one.flops)
+    assert rows["text queries 100"].flops == one.flops
+    assert 0 < rows["centroids 3x5"].flops <= 4 * 200 * 5 * 2 * 16
+
+
+def test_some_operations_alone_keep_the_rows_of_the_others(tmp_path: Path) -> None:
+    bench(tmp_path, "--only", "branches")
+    bench(tmp_path, "--only", "norm-rope")
+    (file,) = tmp_path.iterdir()
+    names = {row["operation"].split()[0] for row in json.loads(file.read_text())["rows"]}
+    assert names == {"columns", "text", "centroids", "norm+rope"}
+
+
+@pytest.mark.parametrize("name", ["block_sparse_attention", "pooled_attention"])
+def test_wrong_branches_are_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(bench_fused.branch_rows, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = right(*args, **kwargs)
+        return out.roll(1, 1), lse
+
+    monkeypatch.setattr(bench_fused.branch_rows, name, wrong)
+    with pytest.raises(RuntimeError, match=r"errs by .* not timed"):
+        list(bench_fused.branch_rows.branch_rows(bench_fused.branch_rows.TINY[0], torch.device("cpu")))
 
 
 def test_bounds_are_the_larger_of_bytes_and_flops() -> None:
@@ -75,4 +113,5 @@ def test_wrong_clusters_are_not_timed(what: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(bench_fused, "kmeans", wrong)
     with pytest.raises(RuntimeError, match=f"{what} errs"):
         bench(tmp_path)
-    assert not list(tmp_path.iterdir())
+    (file,) = tmp_path.iterdir()
+    assert {row["operation"] for row in json.loads(file.read_text())["rows"]} == {"means triton", "means reference"}

@@ -17,130 +17,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from .hopper_fetch import TILE_K, fetch, first_slot, heard, list_of, meet, release
 from .quantised import LEAST_STEP, LEVELS
 
 ROWS = gl.constexpr(64)  # queries of a group of four warps
-TILE_K = gl.constexpr(128)  # keys of a tile: one block of 128, or two of 64
 LOG2_E = gl.constexpr(1.4426950408889634)
 ZERO = gl.constexpr(12582912.0)  # 1.5 * 2**23: as bits, the integer that sums of int8 products start from
 ZERO_BITS = gl.constexpr(0x4B400000)
 MINUS_INF_BITS = gl.constexpr(-0x00800000)
 TOP, LEAST = gl.constexpr(float(LEVELS)), gl.constexpr(LEAST_STEP)
-# names that Triton has changed since 3.6
-_meet = getattr(gl, "barrier", None) or gl.thread_barrier
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# a name that Triton has changed since 3.6
 _view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-
-
-@gluon.jit
-def _list_of(tile, lists, HALVES: gl.constexpr, SPLIT: gl.constexpr, RANKED: gl.constexpr):
-    """Place of a query tile, its list, the list's length, and how many key tiles need a mask and how many there are.
-
-    A list is walked from its end, where the partial blocks are. With two blocks a tile an odd list's last block fills
-    both halves of the first tile, and the mask hides the first half.
-    """
-    (
-        q_tiles, heads, index_ptr, count_ptr, full_ptr, index_stride_b, index_stride_h, index_stride_q,
-        count_stride_b, count_stride_h, count_stride_q, full_stride_b, full_stride_h, full_stride_q, list_width,
-        rank_ptr, rank_stride_b, rank_stride_h,
-    ) = lists  # fmt: skip
-    row = tile % q_tiles
-    h = (tile // q_tiles) % heads
-    b = (tile // q_tiles) // heads
-    b64, h64 = b.to(gl.int64), h.to(gl.int64)
-    if RANKED:
-        row = gl.load(rank_ptr + b64 * rank_stride_b + h64 * rank_stride_h + row).to(gl.int32)
-    index_ptr += b64 * index_stride_b + h64 * index_stride_h + row.to(gl.int64) * index_stride_q
-    n = gl.load(count_ptr + b64 * count_stride_b + h64 * count_stride_h + row * count_stride_q)
-    n = gl.minimum(n, list_width)
-    masked = n % HALVES
-    if SPLIT:
-        n_full = gl.load(full_ptr + b64 * full_stride_b + h64 * full_stride_h + row * full_stride_q)
-        masked += n - gl.minimum(n_full, n)
-    return row, h, b, index_ptr, n, (masked + HALVES - 1) // HALVES, (n + HALVES - 1) // HALVES
-
-
-@gluon.jit
-def _first_slot(index_ptr, n, tile, half, BLOCK_K: gl.constexpr):
-    """Where the key block begins that fills one half of a tile."""
-    HALVES: gl.constexpr = TILE_K // BLOCK_K
-    behind = tile * HALVES + half - n % HALVES
-    return gl.load(index_ptr + (n - 1 - gl.maximum(behind, 0))) * BLOCK_K
-
-
-@gluon.jit
-def _fetch(
-    k_desc, v_desc, k_parts, v_parts, ring, steps, step_ptr, lists, tiles, k_blocks,
-    heads, heads_per_key_head, heads_per_value_head,
-    told, next_ptr,
-    BLOCK_K: gl.constexpr, SPLIT: gl.constexpr, RANKED: gl.constexpr, INT8: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The warp that takes query tiles, as fast as they get done, and keeps the ring of key and value tiles full."""
-    HALVES: gl.constexpr = TILE_K // BLOCK_K
-    ALONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    k_full, v_full, k_free, v_free, tile_full, tile_free = ring
-    done, turn = 0, 0
-    tile = gl.program_id(0)
-    while tile < tiles:
-        _tell(tile, told, tile_full, tile_free, turn, ALONE)
-        _, h, b, index, n, _, n_tiles = _list_of(tile, lists, HALVES, SPLIT, RANKED)
-        k_head, v_head = h // heads_per_key_head, h // heads_per_value_head
-        steps_at = step_ptr + (b * (heads // heads_per_key_head) + k_head).to(gl.int64) * k_blocks
-        for i in range(n_tiles):
-            first = _first_slot(index, n, i, 0, BLOCK_K)
-            second = _first_slot(index, n, i, HALVES - 1, BLOCK_K)
-            stage, phase = done % STAGES, (done // STAGES) & 1
-            if INT8:
-                which = gl.arange(0, 2, ALONE)
-                step = gl.load(steps_at + gl.where(which == 0, first, second) // BLOCK_K)
-            mbarrier.wait(k_free.index(stage), phase ^ 1)
-            if INT8:
-                steps.index(stage).store(step)
-                _meet()
-            _fill(k_desc, k_parts, k_full.index(stage), stage, b, k_head, first, second, HALVES, STAGES)
-            mbarrier.wait(v_free.index(stage), phase ^ 1)
-            _fill(v_desc, v_parts, v_full.index(stage), stage, b, v_head, first, second, HALVES, STAGES)
-            done += 1
-        tile = gl.num_programs(0) + gl.atomic_add(next_ptr, 1)
-        turn += 1
-    _tell(tile, told, tile_full, tile_free, turn, ALONE)
-
-
-@gluon.jit
-def _tell(tile, told, tile_full, tile_free, turn, ALONE: gl.constexpr):
-    """Say which query tile comes next, or that none does."""
-    slot, phase = turn % 2, (turn // 2) & 1
-    mbarrier.wait(tile_free.index(slot), phase ^ 1)
-    told.index(slot).store(gl.full([1], 0, gl.int32, ALONE) + tile)
-    _release(tile_full.index(slot))
-
-
-@gluon.jit
-def _heard(told, tile_full, tile_free, turn):
-    """The query tile that the fetching warp has taken."""
-    slot, phase = turn % 2, (turn // 2) & 1
-    mbarrier.wait(tile_full.index(slot), phase)
-    tile = gl.sum(told.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    _release(tile_free.index(slot))
-    return tile
-
-
-@gluon.jit
-def _fill(desc, parts, barrier, stage, b, h, first, second, HALVES: gl.constexpr, STAGES: gl.constexpr):
-    """Fetch one tile: of each half, chunk by chunk of its columns."""
-    CHUNKS: gl.constexpr = parts.shape[0] // (STAGES * HALVES)
-    COLUMNS: gl.constexpr = desc.block_type.shape[3]
-    mbarrier.expect(barrier, desc.block_type.nbytes * CHUNKS * HALVES)
-    for c in gl.static_range(CHUNKS):
-        at = (stage * CHUNKS + c) * HALVES
-        _copy(desc, [b, h, first, c * COLUMNS], barrier, parts.index(at))
-        if HALVES == 2:
-            _copy(desc, [b, h, second, c * COLUMNS], barrier, parts.index(at + 1))
 
 
 @gluon.jit
@@ -190,13 +81,6 @@ def _softmax(s, unit, step, total, top, INT8: gl.constexpr, HALVES: gl.constexpr
 
 
 @gluon.jit
-def _release(barrier):
-    """Say that all four warps have read a tile."""
-    _meet()
-    mbarrier.arrive(barrier)
-
-
-@gluon.jit
 def _attend(
     GROUP: gl.constexpr, q_ptr, q_rooms, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, k_tiles, v_tiles, ring, steps,
     told, lists, strides, mean_ptr, q_len, k_len, heads, heads_per_mean, tiles, scale,
@@ -220,9 +104,9 @@ def _attend(
     d = gl.arange(0, D_PAD, gl.SliceLayout(0, FLAT))
     in_tile = gl.arange(0, TILE_K, gl.SliceLayout(0, S_LAYOUT))
     done, turn = 0, 0
-    tile = _heard(told, tile_full, tile_free, turn)
+    tile = heard(told, tile_full, tile_free, turn)
     while tile < tiles:
-        row, h, b, index, n, n_masked, n_tiles = _list_of(tile, lists, HALVES, SPLIT, RANKED)
+        row, h, b, index, n, n_masked, n_tiles = list_of(tile, lists, HALVES, SPLIT, RANKED)
         b64, h64 = b.to(gl.int64), h.to(gl.int64)
         q_tok = row * BLOCK_Q + GROUP * ROWS + gl.arange(0, ROWS, FLAT_ROW)
         if Q_ORDER:
@@ -242,7 +126,7 @@ def _attend(
             unit = gl.convert_layout(step * unit, S_ROW)[:, None]
         q_tile.store(q)
         fence_async_shared()
-        _meet()
+        meet()
 
         top = gl.full([ROWS], float("-inf"), gl.float32, S_ROW)
         total = gl.zeros([ROWS], gl.float32, S_ROW)
@@ -251,10 +135,10 @@ def _attend(
         step = gl.full([TILE_K], 1.0, gl.float32, gl.SliceLayout(0, S_LAYOUT)) if INT8 and HALVES == 2 else 1.0
         # tiles with holes, one after the other
         for i in range(n_masked):
-            slots = _first_slot(index, n, i, 0, BLOCK_K) + in_tile
+            slots = first_slot(index, n, i, 0, BLOCK_K) + in_tile
             real = in_tile >= 0
             if HALVES == 2:
-                second = _first_slot(index, n, i, 1, BLOCK_K) + in_tile - BLOCK_K
+                second = first_slot(index, n, i, 1, BLOCK_K) + in_tile - BLOCK_K
                 slots = gl.where(in_tile < BLOCK_K, slots, second)
                 real = (in_tile >= BLOCK_K) | (i > 0) | (n % 2 == 0)
             if K_ORDER:
@@ -268,7 +152,7 @@ def _attend(
             if INT8:
                 step = _steps_of(steps.index(stage), in_tile, BLOCK_K)
                 s = (s.to(gl.float32, bitcast=True) - ZERO) * (step[None, :] if HALVES == 2 else step)
-            _release(k_free.index(stage))
+            release(k_free.index(stage))
             s = gl.where(real[None, :], s * unit, float("-inf"))
             new_top = gl.maximum(top, gl.max(s, 1))
             # a row that has seen no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
@@ -282,7 +166,7 @@ def _attend(
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(weights, v_tiles.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            _release(v_free.index(stage))
+            release(v_free.index(stage))
             done += 1
 
         # full tiles: the logits of one are computed beside the softmax and the values of the one before
@@ -293,7 +177,7 @@ def _attend(
             s = warpgroup_mma_wait(0, deps=(s,))
             if INT8:
                 step = _steps_of(steps.index(stage), in_tile, BLOCK_K)
-            _release(k_free.index(stage))
+            release(k_free.index(stage))
             if RAGGED:
                 s = _cut(s, index, n, n_masked, k_len, in_tile, BLOCK_K)
             p, decay, total, top = _softmax(s, unit, step, total, top, INT8, HALVES)
@@ -308,12 +192,12 @@ def _attend(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 if INT8:
                     step = _steps_of(steps.index(next_stage), in_tile, BLOCK_K)
-                _release(k_free.index(next_stage))
+                release(k_free.index(next_stage))
                 if RAGGED:
                     s = _cut(s, index, n, i, k_len, in_tile, BLOCK_K)
                 p, decay, total, top = _softmax(s, unit, step, total, top, INT8, HALVES)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
-                _release(v_free.index(stage))
+                release(v_free.index(stage))
                 acc = acc * gl.convert_layout(decay, O_ROW)[:, None]
                 weights = gl.convert_layout(p.to(dtype), P_LAYOUT)
                 done += 1
@@ -321,7 +205,7 @@ def _attend(
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(weights, v_tiles.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            _release(v_free.index(stage))
+            release(v_free.index(stage))
             done += 1
 
         # a row without a key has total = 0, top = -inf: out 0, lse -inf
@@ -333,7 +217,7 @@ def _attend(
         gl.store(out_at, gl.convert_layout(out.to(dtype), FLAT), mask=inside)
         gl.store(lse_ptr + (b64 * heads + h) * q_len + q_tok, lse, mask=q_ok)
         turn += 1
-        tile = _heard(told, tile_full, tile_free, turn)
+        tile = heard(told, tile_full, tile_free, turn)
 
 
 @gluon.jit
@@ -351,9 +235,9 @@ def _rounded(q, mean, D_PAD: gl.constexpr):
 @gluon.jit
 def _cut(s, index, n, tile, k_len, in_tile, BLOCK_K: gl.constexpr):
     """Logits of a tile with -inf behind the last key."""
-    slots = _first_slot(index, n, tile, 0, BLOCK_K) + in_tile
+    slots = first_slot(index, n, tile, 0, BLOCK_K) + in_tile
     if BLOCK_K < TILE_K:
-        second = _first_slot(index, n, tile, 1, BLOCK_K) + in_tile - BLOCK_K
+        second = first_slot(index, n, tile, 1, BLOCK_K) + in_tile - BLOCK_K
         slots = gl.where(in_tile < BLOCK_K, slots, second)
     least = MINUS_INF_BITS if s.dtype == gl.int32 else float("-inf")
     return gl.where((slots < k_len)[None, :], s, least)
@@ -424,7 +308,7 @@ def attention_kernel(
             (_attend, (1, q_ptr, q_rooms, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, k_tiles, v_tiles, ring, steps,
                        told, lists, strides, mean_ptr, q_len, k_len, heads, heads_per_mean, tiles, scale,
                        D, D_PAD, BLOCK_Q, BLOCK_K, SPLIT, RANKED, RAGGED, Q_ORDER, K_ORDER, INT8, STAGES)),
-            (_fetch, (k_desc, v_desc, k_parts, v_parts, ring, steps, step_ptr, lists, tiles, k_blocks,
+            (fetch, (k_desc, v_desc, k_parts, v_parts, ring, steps, step_ptr, lists, tiles, k_blocks,
                       heads, heads_per_key_head, heads_per_value_head,
                       told, next_ptr, BLOCK_K, SPLIT, RANKED, INT8, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
@@ -433,7 +317,7 @@ def attention_kernel(
             (_attend, (0, q_ptr, q_rooms, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, k_tiles, v_tiles, ring, steps,
                        told, lists, strides, mean_ptr, q_len, k_len, heads, heads_per_mean, tiles, scale,
                        D, D_PAD, BLOCK_Q, BLOCK_K, SPLIT, RANKED, RAGGED, Q_ORDER, K_ORDER, INT8, STAGES)),
-            (_fetch, (k_desc, v_desc, k_parts, v_parts, ring, steps, step_ptr, lists, tiles, k_blocks,
+            (fetch, (k_desc, v_desc, k_parts, v_parts, ring, steps, step_ptr, lists, tiles, k_blocks,
                       heads, heads_per_key_head, heads_per_value_head,
                       told, next_ptr, BLOCK_K, SPLIT, RANKED, INT8, STAGES)),
         ], [1], [24])  # fmt: skip
