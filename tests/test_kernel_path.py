@@ -16,10 +16,10 @@ from dit_accel.step import StepInfo
 LAYOUT = TokenLayout(grid=(1, 7, 9), text=5)
 
 
-@pytest.mark.parametrize("name", ["balanced", "draft", "jenga", "sparge", "rectified"])
+@pytest.mark.parametrize("name", ["balanced", "draft", "jenga", "sparge", "rectified", "svg-ear"])
 @torch.no_grad()
 def test_decides_and_computes_as_torch(name: str) -> None:
-    """Budgets by row and by head, top-p, likeness, and a correction; a kept decision too."""
+    """Budgets by row and by head, top-p, likeness, and corrections; a kept decision too."""
     recipe = resolve(name, block_q=16, block_k=16, dense_steps=0, adaptive=False, every=2)
     if recipe.order.kind == "tile":
         recipe = recipe.override(picture=(1, 4, 4))

@@ -34,6 +34,7 @@ from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
+from dit_accel.kernels.pooled import triton as pooling
 from dit_accel.kernels.qk_norm_rope import Norm, Part
 from dit_accel.kernels.qk_norm_rope import triton as turning
 from dit_accel.kernels.top_mass import triton as summing
@@ -169,6 +170,16 @@ def compile_assign(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     return compile_launch(clustering._assign_kernel, capability, args, constants)
 
 
+def compile_pooled(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
+    """Queries of 300 clusters against 1000, each head its own, as SVG-EAR has them."""
+    q, means = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1, 16, 1000, dim)
+    tokens, allowed = torch.ones(1, 16, 1000, dtype=torch.int64), torch.zeros(1, 16, 300, 1000, dtype=torch.bool)
+    row, lse = torch.zeros(1, 16, 1024, dtype=torch.int64), torch.zeros(1, 16, 1024)
+    tile = pooling.choose(divmod(capability, 10), triton.next_power_of_2(dim), q.element_size())
+    _, args, constants = pooling.launch(q, means, means, tokens, allowed, row, 0.1, q, lse, tile)
+    return compile_launch(pooling._pooled_kernel, capability, args, constants)
+
+
 def compile_lists(capability: int, bits: bool) -> triton.compiler.CompiledKernel:
     """A static cut, as a tile order has it, and 1183 key blocks, as Wan's 720p clips have them."""
     units = torch.zeros(1, 40, 591, 74 if bits else 591, dtype=torch.uint8 if bits else torch.bool)
@@ -235,6 +246,10 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "norm-rope-rounds-first": lambda capability: compile_norm_rope(capability, 24, Norm(rounds_first=True)),
     "norm-rope-across": lambda capability: compile_norm_rope(capability, 40, Norm(across_heads=True)),
     "norm-rope-layer": lambda capability: compile_norm_rope(capability, 48, Norm("layer")),
+    "pooled-64": lambda capability: compile_pooled(capability, 64, BF16),
+    "pooled-128": lambda capability: compile_pooled(capability, 128, BF16),
+    "pooled-256": lambda capability: compile_pooled(capability, 256, BF16),
+    "pooled-128-fp32": lambda capability: compile_pooled(capability, 128, FP32),
     "assign-64": lambda capability: compile_assign(capability, 64, BF16),
     "assign-128": lambda capability: compile_assign(capability, 128, BF16),
     "assign-256": lambda capability: compile_assign(capability, 256, BF16),

@@ -48,7 +48,7 @@ def test_orders_bias_and_predicates_compile():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
-    names = ("means-two", "assign-128", "block-mass-128", "budget-digit", "lists-bits")
+    names = ("means-two", "assign-128", "block-mass-128", "budget-digit", "lists-bits", "pooled-128")
     check(compiled(str(capability), *names, "norm-rope-heads", "norm-rope-across"))
 
 
