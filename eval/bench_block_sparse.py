@@ -28,6 +28,7 @@ from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.block_sparse import block_sparse_attention
 
 WORST_ERROR = 1e-2  # of bf16 operands; a wrong mask or a race is far above
+UNEVEN_MOST, UNEVEN_SIGMA = 4, 0.8  # the longest list in means, and the spread of their logarithms
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ CASES = [
     Case("video-32k-d64", 32768, 40, 64, (32, 32, 32), (4, 4, 8), densities=(0.25, 0.10)),
     Case("wan-720p-d128", 75648, 40, 128, blocks=((128, 128),), densities=(0.25, 0.10)),
 ]
+
+
+ORDERS = ("raster", "raster, in Triton", "raster, uneven", "tile", "tile, all full")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,15 @@ def random_lists(case: Case, block_q: int, block_k: int, density: float, device:
     return index.sort(-1).values.int().contiguous(), count
 
 
+def uneven_lists(case: Case, block_q: int, block_k: int, density: float, device: str) -> tuple[Tensor, Tensor]:
+    """The same on average, with lengths as a cumulative threshold leaves them: log-normal."""
+    k_blocks = -(-case.length // block_k)
+    index, count = random_lists(case, block_q, block_k, min(1.0, UNEVEN_MOST * density), device)
+    lengths = (torch.randn(count.shape, device=device) * UNEVEN_SIGMA).exp()
+    lengths = (lengths / lengths.mean() * density * k_blocks).round().clamp(1, index.shape[3])
+    return index, lengths.int()
+
+
 def sampled_error(q: Tensor, k: Tensor, v: Tensor, call: dict, run: Callable, worst_lse: float = 1e-3) -> float:
     """Relative error ‖out - gold‖ / ‖gold‖ over random rows against fp64; NaN where none was written or lse is off."""
     poison = [torch.full_like(q, math.nan) for _ in range(2)]  # what the allocator hands out next
@@ -100,7 +113,8 @@ def sampled_error(q: Tensor, k: Tensor, v: Tensor, call: dict, run: Callable, wo
         q_slots[call["q_order"][0, 0].long()] = torch.arange(length, device=q.device)
     for token, head in zip(torch.randint(length, (48,)).tolist(), torch.randint(heads, (48,)).tolist(), strict=True):
         block = int(q_slots[token]) // call["block_q"]
-        keys = k_tokens[call["index"][0, head, block].long()].flatten()
+        listed = call["index"][0, head, block, : int(call["count"][0, head, block])]
+        keys = k_tokens[listed.long()].flatten()
         keys = keys[keys < length]
         logits = k[0, keys, head].double() @ q[0, token, head].double() * dim**-0.5
         gold = torch.softmax(logits, 0) @ v[0, keys, head].double()
@@ -139,9 +153,10 @@ def sparse_row(
     order: str,
     dense: float,
 ) -> Row:
-    """Check one configuration, then time it; `order` is "raster", "tile" or "tile, all full"."""
+    """Check one configuration, then time it; `order` is one of `ORDERS`."""
     q, k, v = qkv
-    index, count = random_lists(case, *block, density, q.device.type)
+    lists = uneven_lists if order == "raster, uneven" else random_lists
+    index, count = lists(case, *block, density, q.device.type)
     call = {
         "index": index,
         "count": count,
@@ -149,39 +164,52 @@ def sparse_row(
         "block_k": block[1],
         "full_count": count.clone(),
     }
-    if order != "raster":
+    if not order.startswith("raster"):
         assert case.grid is not None
         assert case.tile is not None
         call["q_order"] = call["k_order"] = tile_order(case.grid, case.tile, q.device.type)
         call["full_count"] = count if order == "tile, all full" else call["full_count"]
 
     def run() -> tuple[Tensor, Tensor]:
+        if order == "raster, in Triton":
+            return in_triton(q, k, v, call)
         return block_sparse_attention(q, k, v, backend="triton", **call)
 
     error = sampled_error(q, k, v, call, run)
     if not error < WORST_ERROR:
         raise RuntimeError(f"{case.name} {block} density {density} {order}: relative error {error}")
     ms = median_ms(run)
-    pairs = computed_pairs(case, index, block)
+    pairs = computed_pairs(case, index, block, count)
     tflops = 4 * pairs * case.dim / ms / 1e9
     name = f"ours {block[0]}x{block[1]} {order}"
     return Row(case.name, name, pairs / (case.heads * case.length**2), ms, tflops, tflops / dense, error)
 
 
-def computed_pairs(case: Case, index: Tensor, block: tuple[int, int]) -> int:
-    """Token pairs in the lists, without the padding of ragged blocks."""
+def in_triton(q: Tensor, k: Tensor, v: Tensor, call: dict) -> tuple[Tensor, Tensor]:
+    """The call by the kernel for all GPUs, also where one of its own is taken."""
+    from dit_accel.kernels.block_sparse.api import _checked
+    from dit_accel.kernels.block_sparse.triton import attend
+
+    lists = (call["index"], call["count"], call["block_q"], call["block_k"], call["full_count"])
+    return attend(_checked(q, k, v, *lists, None, None, None, None, None))
+
+
+def computed_pairs(case: Case, index: Tensor, block: tuple[int, int], count: Tensor | None = None) -> int:
+    """Token pairs in the lists, without the padding of ragged blocks; without a count all of `index` is used."""
     block_q, block_k = block
     blocks = torch.arange(index.shape[2], device=index.device)
     rows = (case.length - blocks * block_q).clamp(max=block_q)
-    cols = (case.length - index.long() * block_k).clamp(max=block_k).sum(-1)
-    return int((cols * rows).sum())
+    cols = (case.length - index.long() * block_k).clamp(max=block_k)
+    if count is not None:
+        cols = cols * (torch.arange(index.shape[3], device=index.device) < count[..., None])
+    return int((cols.sum(-1) * rows).sum())
 
 
 def run_case(case: Case) -> list[Row]:
     q, k, v = (torch.randn(1, case.length, case.heads, case.dim, device="cuda").bfloat16() for _ in range(3))
     rows = dense_rows(case, q, k, v)
     show(rows)
-    orders = ["raster"] if case.grid is None else ["raster", "tile", "tile, all full"]
+    orders = ["raster"] if case.grid is None else list(ORDERS)
     for block in case.blocks:
         for density, order in itertools.product(case.densities, orders):
             if order == "raster" or density in (0.25, 0.10):

@@ -31,7 +31,6 @@ from dit_accel.eval.bench_fused import median_ms
 from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.block_sparse import block_sparse_attention, quantised
 from dit_accel.kernels.block_sparse.api import _checked
-from dit_accel.kernels.block_sparse.tiles import Tile
 from dit_accel.sparsity.plan import Plan
 
 WORST_KERNEL = 1e-2  # against the rounded numbers: what bf16 weights and outputs make of it
@@ -44,11 +43,6 @@ CASES = [
     Case("wan-720p-d128", 75648, 40, 128, blocks=((128, 128),), densities=(0.25,)),
 ]
 TINY = [Case("tiny", 192, 2, 64, (3, 8, 8), (1, 4, 8), ((32, 32),), (0.5,))]
-OTHER_TILES = (
-    Tile(128, 64, 4, 2, tma=True), Tile(128, 64, 4, 4, tma=True), Tile(128, 64, 8, 3, tma=True),
-    Tile(128, 128, 8, 2, tma=True), Tile(128, 128, 8, 3, tma=True), Tile(128, 32, 4, 4, tma=True),
-    Tile(64, 64, 4, 3, tma=True), Tile(128, 64, 4, 3),
-)  # fmt: skip
 PROMPT = "watermelon, fluent flat style"
 SIZE = {"num_inference_steps": 10, "height": 256, "width": 256}
 TINY_SIZE = {"num_inference_steps": 3, "height": 64, "width": 64, "max_sequence_length": 32}
@@ -86,7 +80,7 @@ class Real:
 
 
 def time_case(case: Case, device: torch.device) -> Iterator[Row]:
-    """Check and time one shape: dense, as given, int8, and on a GPU the parts and other tiles of int8."""
+    """Check and time one shape: dense, as given, int8, and on a GPU what int8 packs and the kernel for all GPUs."""
     dtype = torch.bfloat16
     q, k, v = (torch.randn(1, case.length, case.heads, case.dim, device=device, dtype=dtype) for _ in range(3))
     dense = math.nan
@@ -155,20 +149,11 @@ def timed_runs(case: Case, qkv: tuple[Tensor, Tensor, Tensor], call: dict[str, A
     from dit_accel.kernels.block_sparse.quantised_triton import attend
 
     yield "int8 packing alone", lambda: pack(problem), error
-    for tile in OTHER_TILES:
-        if tile.q > call["block_q"] or tile.k > call["block_k"]:
-            continue
-        what = f"int8 {tile.q}x{tile.k} w{tile.warps} s{tile.stages}{'' if tile.tma else ' pointers'}"
 
-        def tiled(tile: Tile = tile) -> tuple[Tensor, Tensor]:
-            return attend(problem, tile)
+    def in_triton() -> tuple[Tensor, Tensor]:
+        return attend(problem)
 
-        try:
-            error = checked(what, tiled)
-        except Exception as failure:  # one tile that does not fit, or is wrong, must not end the table
-            print(f"{case.name} {what} {name}: left out, {next(iter(str(failure).splitlines()), failure)}", flush=True)
-            continue
-        yield what, tiled, error
+    yield "int8 in Triton", in_triton, checked("int8 in Triton", in_triton)
 
 
 def problem_of(qkv: tuple[Tensor, Tensor, Tensor], call: dict[str, Any]) -> Any:

@@ -129,14 +129,15 @@ class OtherDtype(Candidate):
 def sparse_candidates(
     names: Sequence[str], densities: Sequence[float], dense_steps: float, dense_layers: int
 ) -> list[Candidate]:
-    """Return recipes x densities, all with the same dense steps and layers.
+    """Return densities x recipes, all with the same dense steps and layers.
 
     Among the names "oracle" is the oracle, and "all" stands for every recipe and the oracle. A recipe whose rule takes
     no density takes part once, as it is. Raises ConfigError.
     """
     found: dict[str, Candidate] = {}
-    for name in (one for given in names for one in (default_names() if given == ALL else [given])):
-        for density in densities:
+    every = [one for given in names for one in (default_names() if given == ALL else [given])]
+    for density in densities:  # outermost: where time runs out, what is there compares all recipes at one density
+        for name in every:
             candidate = _sparse(name, density, dense_steps, dense_layers)
             found.setdefault(candidate.name, candidate)
     return list(found.values())

@@ -18,7 +18,9 @@ GROUPS, WINDOWS = 8, 3  # of `choose`
 
 @app.command(name="eval")
 def evaluate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The report, an .html file; rows lie beside it.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The report, .html; rows lie beside it. Or the rows alone, .jsonl.")
+    ],
     model: Annotated[str, typer.Option(help="Shipped model, folder, or Hub id.")] = "emoji-flux",
     recipe: Annotated[
         list[str] | None, typer.Option(help="Recipe, recipe file, 'oracle', or 'all'; repeatable. All, if none.")

@@ -29,13 +29,17 @@ from .rivals import caches, mag_ratios
 from .store import Setup, Store
 from .study import Notify, Study, device_name
 
-NEEDED = ("torchmetrics", "matplotlib", "jinja2")
+ROWS_NEED, REPORT_NEEDS = ("torchmetrics",), ("matplotlib", "jinja2")
+REPORTS, ROWS = (".html", ".htm"), ".jsonl"
 CALIBRATION_SEED = 1_000_003  # none that a study is likely to judge by
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """One study and its report. None for recipes and prompts stands for all recipes and the demo's prompts."""
+    """One study and its report, or its rows alone where `output` is their .jsonl file.
+
+    None for recipes and prompts stands for all recipes and the demo's prompts.
+    """
 
     output: Path
     model: str
@@ -56,18 +60,18 @@ class EvalJob:
     @property
     def rows(self) -> Path:
         """Where the rows lie."""
-        return self.output.with_suffix(".jsonl")
+        return self.output.with_suffix(ROWS)
 
     def rebuild(self, rows: Path, markdown: Path | None = None) -> Summary:
         """Make the report of an earlier study's rows."""
-        _check_output(self.output)
-        _check_packages()
+        _check_output(self.output, REPORTS)
+        _check_packages(REPORT_NEEDS)
         return self._report(rows, markdown)
 
     def run(self, markdown: Path | None = None) -> Summary:
         """Run the study, or the rest of it, and write the report; an interruption loses at most one row."""
-        _check_output(self.output)
-        _check_packages()
+        _check_output(self.output, (*REPORTS, ROWS))
+        _check_packages(ROWS_NEED if self.output == self.rows else (*ROWS_NEED, *REPORT_NEEDS))
         self._check_numbers()
         sparse = sparse_candidates(self.recipes or [ALL], self.densities, self.dense_steps, self.dense_layers)
         sparse += calibrated_candidates(self.profiles, self.dense_steps, self.dense_layers)
@@ -89,7 +93,8 @@ class EvalJob:
 
     def _report(self, rows: Path, markdown: Path | None) -> Summary:
         summary = Summary.of(rows)
-        write_report(summary, self.output)
+        if self.output != rows:
+            write_report(summary, self.output)
         if markdown is not None:
             markdown.write_text(summary.markdown(), encoding="utf-8")
         return summary
@@ -155,15 +160,16 @@ def _with_steps(pipe: Any, prompt: str, settings: Settings) -> Settings:
     return settings.model_copy(update={"steps": default.default})
 
 
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"output {output}: the report is an .html file.")
+def _check_output(output: Path, suffixes: Sequence[str]) -> None:
+    if output.suffix.lower() not in suffixes:
+        rows = f", the rows alone a {ROWS} one" if ROWS in suffixes else ""
+        raise ConfigError(f"output {output}: the report is an .html file{rows}.")
     if output.is_dir():
         raise ConfigError(f"output {output}: is a folder.")
 
 
-def _check_packages() -> None:
-    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def _check_packages(needed: Sequence[str]) -> None:
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
     if lacking:
         raise ConfigError(f"eval: needs {', '.join(lacking)}; install them with: pip install 'dit-accel[eval]'")
 

@@ -11,7 +11,7 @@ from dit_accel.config import Mixtures
 from dit_accel.errors import ConfigError
 
 from .store import Row, Setup, load
-from .summary import Interval, Standing, by_candidate, paired, standings
+from .summary import ENOUGH, Interval, Standing, by_candidate, paired, standings
 from .tables import best_of, is_fair
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Against:
             return f"one prompt, {_signed(psnr.mean)} dB against {self.rival}: that decides nothing"
         ssim = f", SSIM {self.ahead['ssim'].mean:+.4f}" if "ssim" in self.ahead else ""
         said = f"{_signed(psnr.mean)} dB ({_signed(psnr.low)} to {_signed(psnr.high)}){ssim} against {self.rival}"
+        if psnr.prompts < ENOUGH:
+            return f"{psnr.prompts} prompts, fewer than the {ENOUGH} that can decide: {said}"
         if psnr.low > 0:
             return f"better: {said}"
         return f"worse: {said}" if psnr.high < 0 else f"not told apart: {said}"

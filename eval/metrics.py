@@ -23,21 +23,27 @@ from .vmaf import has_vmaf, vmaf
 
 _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli and Bovik 2003
 _KERNEL = 11
+CPU = torch.device("cpu")
 
 
-def compare(made: Media, reference: Media) -> Figures:
-    """Return all figures of a picture or clip against the reference; ConfigError where they are no pair."""
+def compare(made: Media, reference: Media, device: torch.device = CPU) -> Figures:
+    """Return all figures of a picture or clip against the reference; ConfigError where they are no pair.
+
+    torchmetrics' are computed in fp32 on `device`: a clip's take half a minute on a CPU core.
+    """
     if len(made.frames) != len(reference.frames) or made.image.size != reference.image.size:
         raise ConfigError(f"eval: {_shape(made)} cannot be compared with {_shape(reference)}.")
-    ours, theirs = _tensor(made), _tensor(reference)
-    ratios = [_psnr(a, b) for a, b in zip(ours, theirs, strict=True)]
-    alike = [_ssim(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
+    ours, theirs = _tensor(made, device), _tensor(reference, device)
+    with torch.backends.cudnn.flags(enabled=False):  # cuDNN may round fp32 to TF32
+        ratios = [_psnr(a, b) for a, b in zip(ours, theirs, strict=True)]
+        alike = [_ssim(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
+        scales = _ms_ssim(ours, theirs)
     differing = [ratio for ratio in ratios if ratio is not None]
     several = len(ratios) > 1
     return Figures(
         psnr=_mean(differing) if differing else None,
         ssim=_mean(alike),
-        ms_ssim=_ms_ssim(ours, theirs),
+        ms_ssim=scales,
         flip=_flip(ours, theirs) if has_flip() else None,
         temporal_error=temporal_error(made, reference),
         vmaf=vmaf(made, reference) if reference.is_clip and has_vmaf() else None,
@@ -92,14 +98,14 @@ def _flip(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the mean FLIP error, 0 where equal: NVIDIA's evaluator, LDR, at its default 67 pixels a degree."""
     import flip_evaluator
 
-    pairs = zip(b.permute(0, 2, 3, 1).numpy(), a.permute(0, 2, 3, 1).numpy(), strict=True)
+    pairs = zip(*(x.permute(0, 2, 3, 1).cpu().numpy() for x in (b, a)), strict=True)
     return _mean([float(flip_evaluator.evaluate(ref.copy(), test.copy(), "LDR")[1]) for ref, test in pairs])
 
 
-def _tensor(media: Media) -> torch.Tensor:
+def _tensor(media: Media, device: torch.device) -> torch.Tensor:
     """Return the frames as float32 [frames, 3, height, width] in 0..1."""
     frames = np.stack([np.asarray(frame.convert("RGB")) for frame in media.frames])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from . import plots
 from .metrics import missing
 from .modelled import RESULTS, Model, models
 from .store import Row, Setup, load, open_media
-from .summary import Standing, standings
+from .summary import ENOUGH, Standing, standings
 from .tables import Table, tables, winners
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Summary:
             raise ConfigError(f"{path}: holds no rows.")
         measured = models(results)
         notes = [*setup.notes, *missing(any(row.fps is not None for row in rows))]
+        if 1 < len({row.prompt for row in rows}) < ENOUGH:
+            notes.append(f"fewer than {ENOUGH} prompts: the intervals are too narrow to decide anything by")
         if not measured:
             notes.append("no modelled times: benchmarks/results holds no step_*.json of eval/bench_step.py")
         return cls(path, setup, rows, standings(rows, measured, setup), measured, tuple(dict.fromkeys(notes)))

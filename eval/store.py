@@ -154,7 +154,7 @@ class Store:
         name = next(n for i in range(len(taken) + 1) if (n := f"{stem}{f'-{i}' if i else ''}.png") not in taken)
         strip = np.concatenate([np.asarray(frame.convert("RGB")) for frame in media.frames])
         half = self.folder / f"{name}.part"
-        Image.fromarray(strip).save(half, "PNG")
+        Image.fromarray(strip).save(half, "PNG", compress_level=1)  # a clip of 81 frames: half the time, a quarter more
         half.replace(self.folder / name)
         return name
 

@@ -135,7 +135,7 @@ class Study:
             steps=_steps(made),
             seconds=made.seconds,
             peak_bytes=peak.bytes,
-            figures=None if reference is None else compare(made.media, reference),
+            figures=None if reference is None else compare(made.media, reference, course.pipe.device),
             samples=samples,
             media=self.store.keep(made.media, candidate.name, prompt, seed),
             fps=made.media.fps,

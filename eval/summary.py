@@ -16,15 +16,20 @@ from .store import Family, Row, Setup
 FIGURES = ("psnr", "ssim", "ms_ssim", "flip", "temporal_error", "vmaf")
 LOWER_IS_BETTER = ("flip", "temporal_error")
 DRAWS, LEVEL = 2000, 0.95
+ENOUGH = 6  # prompts; with fewer, differences all of one sign happen by chance in more than 5 % (sign test)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over prompts and its 95 % bootstrap interval, None where there is one prompt only."""
+    """A mean over prompts and its 95 % bootstrap interval, None where there is one prompt only.
+
+    The interval of fewer prompts than ENOUGH is too narrow to decide anything by.
+    """
 
     mean: float
     low: float | None = None
     high: float | None = None
+    prompts: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def bootstrap(values: Sequence[float]) -> Interval:
         return Interval(float(data.mean()))
     picks = np.random.default_rng(0).integers(len(data), size=(DRAWS, len(data)))
     low, high = np.quantile(data[picks].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(data.mean()), float(low), float(high))
+    return Interval(float(data.mean()), float(low), float(high), len(data))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

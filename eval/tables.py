@@ -19,10 +19,11 @@ TITLES = {
     "vmaf": ("VMAF", 2),
 }
 OTHERS = {"oracle": "Oracle", "steps": "Fewer steps", "cache": "Caches", "floor": "Noise floors"}
-ABOVE, ALIKE = "†", "≈"
+ABOVE, ALIKE, FEWER = "†", "≈", "‡"
 SAID = {
     ABOVE: f"{ABOVE} computes more than {FAIR:g} times what was asked, so the best is not chosen from it",
     ALIKE: f"{ALIKE} not told apart from the best PSNR: the paired difference over prompts may be 0 (95 % interval)",
+    FEWER: f"{FEWER} over fewer prompts than others here, so its means do not compare with theirs",
 }
 
 
@@ -126,10 +127,16 @@ def _table(
     best = best_of(group) if rows and len(group) > 1 else None
     alike = {line.candidate for line in group if best is not None and _is_alike(line, best, rows)}
     top = {column.title: _top(column, group) for column in columns} if best is not None else {}
+    most = max(line.prompts for line in group)
     cells, used = [], []
     for line in group:
         row = [Cell(column.text(line), line.candidate in top.get(column.title, ())) for column in columns]
-        for mark, where, holds in ((ABOVE, "spent", not is_fair(line)), (ALIKE, "PSNR dB", line.candidate in alike)):
+        marks = (
+            (ABOVE, "spent", not is_fair(line)),
+            (ALIKE, "PSNR dB", line.candidate in alike),
+            (FEWER, "candidate", 0 < line.prompts < most),
+        )
+        for mark, where, holds in marks:
             if holds:
                 at = next(i for i, column in enumerate(columns) if column.title == where)
                 row[at] = replace(row[at], text=f"{row[at].text} {mark}")

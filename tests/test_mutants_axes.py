@@ -17,6 +17,7 @@ import test_faithful_reuse as reuse_tests
 import torch
 
 from dit_accel.kernels import pooled
+from dit_accel.kernels.descent import reference as descent
 from dit_accel.kernels.top_mass import reference as top_mass
 from dit_accel.sparsity import (
     agents,
@@ -35,7 +36,6 @@ from dit_accel.sparsity import (
     scores,
     selectors,
     shapes,
-    tree,
 )
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -80,9 +80,8 @@ def band_too_wide(patch: pytest.MonkeyPatch) -> None:
 
 
 def runs_of_queries_not_reversed(patch: pytest.MonkeyPatch) -> None:
-    original = scores._filled
-    patch.setattr(scores, "_filled", lambda pieces, tokens: original(pieces, tokens).flip(-2).clone())
-    patch.setattr(torch.Tensor, "flip", lambda self, *_: self)
+    original = scores.runs_of
+    patch.setattr(scores, "runs_of", lambda tiling, length, device, backwards=False: original(tiling, length, device))
 
 
 def clusters_not_counted(patch: pytest.MonkeyPatch) -> None:
@@ -204,8 +203,8 @@ def clusters_found_apart(patch: pytest.MonkeyPatch) -> None:
 
 
 def tree_reads_the_next_key(patch: pytest.MonkeyPatch) -> None:
-    original = tree._descended
-    patch.setattr(tree, "_descended", lambda queries, keys, *rest: original(queries, keys.roll(-1, 2), *rest))
+    original = descent._descended
+    patch.setattr(descent, "_descended", lambda queries, keys, *rest: original(queries, keys.roll(-1, 2), *rest))
 
 
 def nothing_is_rounded(patch: pytest.MonkeyPatch) -> None:

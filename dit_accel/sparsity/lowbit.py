@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..config import LowBitScore
+from ..kernels.block_max import block_max
 from .content import grid_tokens
 from .plan import Operands, from_units
-from .scores import Scene, products
+from .scores import Scene, runs_of
 
 
 def score(scene: Scene, config: LowBitScore, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -22,20 +23,13 @@ def score(scene: Scene, config: LowBitScore, v: torch.Tensor, keep: torch.Tensor
     q, k = scene.q.float(), scene.k.float()
     mean_q, mean_k = (x[:, grid].mean(1, keepdim=True) for x in (q, k))
     away = k - mean_k
-    # exact parts travel as two more channels: the mean query's product with each key, and what each query has in all
-    column = (mean_q * away).sum(-1, keepdim=True)
+    column = (mean_q * away).sum(-1).transpose(1, 2) * scene.scale  # the mean query's product with each key
     if scene.bias is not None:
-        column = column + scene.bias.transpose(1, 2)[..., None] / scene.scale
-    row = (q * mean_k).sum(-1, keepdim=True) - _reference(scene, v, keep).transpose(1, 2)[..., None] / scene.scale
-    few_q = torch.cat([rounded(q - mean_q, config.bits), torch.ones_like(row), row], -1)
-    few_k = torch.cat([rounded(away, config.bits), column, torch.ones_like(column)], -1)
-    slots = scene.tiling.on(q.device).slots.view(scene.tiling.units, -1)[scene.cut.k.grid].long()
-
-    def part(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        best = logits.masked_fill(real[..., None] == 0, float("-inf")).amax(3)
-        return best[..., slots.clamp(min=0)].masked_fill(slots < 0, float("-inf")).amax(-1)
-
-    return torch.cat([part(*each) for each in products(scene, few_q, few_k, scene.scale)], 2)
+        column = column + scene.bias
+    row = (q * mean_k).sum(-1).transpose(1, 2) * scene.scale - _reference(scene, v, keep)  # what each query has in all
+    few_q, few_k = (rounded(x, config.bits).to(scene.q.dtype) for x in (q - mean_q, away))
+    slots, unit = runs_of(scene.tiling, scene.tiling.unit, q.device).slots, scene.tiling.unit
+    return block_max(few_q, few_k, slots, slots, unit, scene.scale, row, column)
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:

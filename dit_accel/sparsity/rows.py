@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..kernels.choice import wants_triton
+from ..kernels.row_shares import key_shares, unit_shares
 from ..layout import Grid, TokenLayout
 from .cut import Side
 
@@ -48,20 +49,29 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return flat.unflatten(0, a.shape[:2])
 
 
+def logits(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield runs of `rows` and their unscaled products with all keys, float32 [B, H, run, keys].
+
+    `q`, `k` [B, S, H, D]. Memory stays below `BYTES` a run.
+    """
+    b, s, h, _ = k.shape
+    keys = operand(k.permute(0, 2, 3, 1))
+    for run in rows.split(max(1, BYTES // (4 * b * h * s))):
+        yield run, product(operand(q[:, run].transpose(1, 2)), keys)
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, bias: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield runs of `rows` and their exact attention over all keys, float32 [B, H, run, keys].
 
-    `q`, `k` [B, S, H, D]; `bias` [B|1, H|1, keys]. Memory stays below `BYTES` a run.
+    `bias` [B|1, H|1, keys]; the rest as in `logits`.
     """
-    b, s, h, _ = k.shape
-    keys = operand(k.permute(0, 2, 3, 1))
-    for run in rows.split(max(1, BYTES // (4 * b * h * s))):
-        logits = product(operand(q[:, run].transpose(1, 2)), keys) * scale
+    for run, found in logits(q, k, rows):
+        weights = found * scale
         if bias is not None:
-            logits = logits + bias[:, :, None]
-        yield run, logits.softmax(-1)
+            weights = weights + bias[:, :, None]
+        yield run, weights.softmax(-1)
 
 
 def unit_mass(
@@ -69,18 +79,17 @@ def unit_mass(
 ) -> torch.Tensor:
     """Return the exact attention of `rows` to each unit of the grid, float32 [B, H, rows, units], text left out.
 
-    `side` says how the keys lie, alike for all batch rows and heads.
+    `side` says how the keys lie, alike for all batch rows and heads, in units of as many slots each.
     """
-    unit = side.unit_of_token(k.shape[1])[0, 0]
-    gather = torch.zeros(len(unit), side.units, device=unit.device).scatter_(1, unit[:, None], 1.0)[:, side.grid]
-    return torch.cat([weights @ gather for _, weights in attention(q, k, rows, scale, bias)], 2)
+    slots, unit = side.grid_slots, side.per * side.block
+    assert slots is not None
+    parts = [unit_shares(found, slots[0, 0], unit, scale, bias) for _, found in logits(q, k, rows)]
+    return torch.cat(parts, 2)
 
 
 def key_mass(
     q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return each key's mean attention from the sampled rows, float32 [B, H, keys]."""
-    total = torch.zeros(k.shape[0], k.shape[2], k.shape[1], device=k.device)
-    for _, weights in attention(q, k, rows, scale, bias):
-        total += weights.sum(2)
-    return total / len(rows)
+    parts = [key_shares(found, scale, bias) for _, found in logits(q, k, rows)]
+    return torch.stack(parts).sum(0) / len(rows)

@@ -6,7 +6,6 @@ non-finite, which selectors read as "compute it". Text is kept by rule and has n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +14,7 @@ import torch
 from ..config import AntidiagonalScore, ChannelScore, GeometryScore, PooledScore, SampledScore, Score, SubtileScore
 from ..kernels.block_mass import block_mass
 from ..kernels.block_max import block_max
+from ..kernels.row_shares import unit_shares
 from ..kernels.unit_means import Form, unit_means, unit_means_of_two
 from . import rows
 from .cut import Cut, Side
@@ -167,10 +167,9 @@ def antidiagonal(scene: Scene, config: AntidiagonalScore) -> torch.Tensor:
     XAttention, Xu et al. 2025, arXiv 2503.16428: queries in reversed order against keys in order, inside each run of
     `stride` tokens. Where a run is ragged, its mean stands for the missing tokens and it counts by its real ones.
     """
-    runs = runs_of(scene.tiling, config.stride, scene.q.device)
-    q, k = (_filled(_laid(runs, x), runs) for x in (scene.q, scene.k))
-    flat_q, flat_k = q.flip(-2).flatten(-2), k.flatten(-2)
-    return _summed_softmax(flat_q, flat_k, runs.tokens, scene.scale / config.stride, len(scene.cut.q.grid))
+    there, back = (runs_of(scene.tiling, config.stride, scene.q.device, backwards) for backwards in (False, True))
+    q, k = (_filled(_laid(runs, x), runs).flatten(-2) for runs, x in ((back, scene.q), (there, scene.k)))
+    return _summed_softmax(q, k, there.tokens, scene.scale / config.stride, len(scene.cut.q.grid))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,24 +188,20 @@ class Runs:
 
 
 @lru_cache(maxsize=64)
-def runs_of(tiling: Tiling, length: int, device: torch.device) -> Runs:
-    """Cut the grid units into runs of slots, at most a unit long; made once a device."""
+def runs_of(tiling: Tiling, length: int, device: torch.device, backwards: bool = False) -> Runs:
+    """Cut the grid units into runs of slots, at most a unit long, or each in reversed order; made once a device."""
     length = min(length, tiling.unit)
     slots = torch.from_numpy(tiling.slots.reshape(tiling.units, -1)[tiling.grid].reshape(-1)).to(device)
+    if backwards:
+        slots = slots.view(-1, length).flip(1).flatten()
     hole = (slots < 0).view(-1, length, 1)
     tokens = (~hole).sum((1, 2)).float()
     return Runs(length, slots, slots.clamp(min=0).long(), hole, tokens, bool((tiling.tokens < tiling.unit).any()))
 
 
-def pieces(tiling: Tiling, x: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the grid units into runs of slots, float32 [B, H, runs, length, D] (0 in holes), and count their tokens."""
-    runs = runs_of(tiling, length, x.device)
-    return _laid(runs, x).float(), runs.tokens
-
-
 def _laid(runs: Runs, x: torch.Tensor) -> torch.Tensor:
     """Lay [B, S, H, D] into runs of slots, [B, H, runs, length, D] as operands of a product, 0 in holes."""
-    picked = rows.operand(x[:, runs.at].transpose(1, 2).unflatten(2, (-1, runs.length)))
+    picked = rows.operand(x.transpose(1, 2).index_select(2, runs.at).unflatten(2, (-1, runs.length)))
     return picked.masked_fill(runs.hole, 0) if runs.holes else picked
 
 
@@ -225,15 +220,11 @@ def _summed_softmax(q: torch.Tensor, k: torch.Tensor, tokens: torch.Tensor, scal
     """
     b, h, runs, _ = q.shape
     each = runs // units
-    weigh = tokens.log()
-    out = []
-    for first in range(0, units, max(1, BYTES // (4 * b * h * each * runs))):
-        part = slice(first * each, (first + max(1, BYTES // (4 * b * h * each * runs))) * each)
-        share = (rows.product(q[:, :, part], k.mT) * scale + weigh).softmax(-1)
-        share = share.unflatten(-1, (units, each)).sum(-1) * tokens[part][:, None]
-        share = share.unflatten(2, (-1, each)).sum(3)
-        out.append(share / tokens[part].view(-1, each).sum(-1)[:, None])
-    return torch.cat(out, 2)
+    weigh, step = tokens.log()[None, None], max(1, BYTES // (4 * b * h * each * runs)) * each
+    parts = [unit_shares(rows.product(part, k.mT), None, each, scale, weigh) for part in q.split(step, 2)]
+    by_unit = tokens.view(units, each)
+    weight = (by_unit / by_unit.sum(-1, keepdim=True)).flatten()
+    return (torch.cat(parts, 2) * weight[:, None]).unflatten(2, (units, each)).sum(3)
 
 
 # From rows ---------------------------------------------------------------------------------------------------------
@@ -270,24 +261,8 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
     """
     tiling, device = scene.tiling, scene.q.device
     kept = max(round(config.share * scene.q.shape[-1]), 1)
-    weight = (scene.q.float() * scene.k.float()).abs().mean(1)  # [B, H, D]
+    weight = torch.linalg.vector_norm(scene.q * scene.k, 1, dim=1, dtype=torch.float32)  # [B, H, D]
     best = weight.topk(kept, dim=-1).indices[:, None]
     q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
     slots = runs_of(tiling, tiling.unit, device).slots
     return block_max(q, k, slots, slots, tiling.unit, kept**-0.5).softmax(-1)
-
-
-def products(
-    scene: Scene, q: torch.Tensor, k: torch.Tensor, scale: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the logits of a few query units to all keys, float32 [B, H, units, unit, keys], and which slots are real.
-
-    `q`, `k` [B, S, H, C]. Memory stays below `BYTES` a part, so no map over token pairs is ever held.
-    """
-    uploaded, tiling = scene.tiling.on(q.device), scene.tiling
-    slots = uploaded.slots.view(tiling.units, tiling.unit)[uploaded.grid_units]
-    b, s, h, _ = k.shape
-    keys = rows.operand(k.permute(0, 2, 3, 1))
-    for part in slots.split(max(1, BYTES // (4 * b * h * s * tiling.unit))):
-        queries = rows.operand(q[:, part.clamp(min=0).long().flatten()].transpose(1, 2))
-        yield (rows.product(queries, keys) * scale).unflatten(2, part.shape), (part >= 0).float()

@@ -11,13 +11,24 @@ from torch import Tensor
 @torch.library.custom_op(
     "dit_accel::block_max",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor q_slots, Tensor k_slots, int unit, float scale, str? backend) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor q_slots, Tensor k_slots, int unit, float scale, Tensor? q_bias, "
+    "Tensor? k_bias, str? backend) -> Tensor",
 )
-def max_op(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int, scale: float, backend: Any) -> Tensor:
+def max_op(
+    q: Tensor,
+    k: Tensor,
+    q_slots: Tensor,
+    k_slots: Tensor,
+    unit: int,
+    scale: float,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    backend: Any,
+) -> Tensor:
     """Run `block_max` from compiled code."""
     from .api import block_max  # which imports this file
 
-    return block_max(q, k, q_slots, k_slots, unit, scale, backend=backend).contiguous()
+    return block_max(q, k, q_slots, k_slots, unit, scale, q_bias, k_bias, backend=backend).contiguous()
 
 
 @max_op.register_fake

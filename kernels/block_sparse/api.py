@@ -93,7 +93,9 @@ def block_sparse_attention(
 
 
 def _attended(problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
-    if backend == "triton" and problem.precision == "int8":
+    if backend == "triton" and _for_hopper(problem):
+        from .hopper import attend
+    elif backend == "triton" and problem.precision == "int8":
         from .quantised_triton import attend
     elif backend == "triton":
         from .triton import attend
@@ -108,6 +110,17 @@ def _attended(problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
 
         return on_rounded(problem, attend)
     return attend(problem)
+
+
+def _for_hopper(problem: Problem) -> bool:
+    """Whether the kernel in Gluon, which Triton carries as an experiment, takes a call."""
+    if not problem.q.is_cuda or torch.version.hip:
+        return False
+    try:
+        from .hopper import takes
+    except (ImportError, AttributeError):  # another Triton's Gluon
+        return False
+    return takes(problem)
 
 
 def unsupported_reasons(

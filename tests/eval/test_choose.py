@@ -267,13 +267,13 @@ def study(tmp_path: Path) -> Callable[[list[float]], tuple[Mixtures, Path]]:
     recipe = as_recipe(everywhere("draft@0.3"), 0.3, "auto", CHOICE)
     mixtures = Mixtures(name="auto", chosen=CHOICE, recipes=(recipe,))
 
-    def write(psnr: list[float], prompts: str = "abcd") -> tuple[Mixtures, Path]:
+    def write(psnr: list[float], prompts: str = "abcdefg") -> tuple[Mixtures, Path]:
         store = Store(tmp_path / "rows.jsonl", SETUP)
         good, best = plain("svg2@0.3"), plain("draft@0.3")
         for row in [
             *judged("auto@0.3", psnr, prompts, recipe.override(dense_steps=DENSE_STEPS)),
-            *judged("svg2@0.3", [40, 30, 32, 34][: len(psnr)], prompts, good),
-            *judged("draft@0.3", [50, 20, 22, 24][: len(psnr)], prompts, best),
+            *judged("svg2@0.3", [40, 30, 32, 34, 30, 32, 34][: len(psnr)], prompts, good),
+            *judged("draft@0.3", [50, 20, 22, 24, 20, 22, 24][: len(psnr)], prompts, best),
         ]:
             store.add(row)
         return mixtures, store.path
@@ -284,14 +284,14 @@ def study(tmp_path: Path) -> Callable[[list[float]], tuple[Mixtures, Path]]:
 @pytest.mark.parametrize(
     ("psnr", "here", "there"),
     [
-        ([0, 31, 34, 35], "better: +1.33 dB (+1.00 to +2.00)", "better: +11.33 dB"),
-        ([99, 29, 31, 33], "worse: -1.00 dB (-1.00 to -1.00)", "better: +9.00 dB"),
-        ([0, 31, 31, 34], "not told apart: +0.00 dB (-1.00 to +1.00)", "better: +10.00 dB"),
+        ([0, 31, 34, 35, 31, 34, 35], "better: +1.33 dB (+1.00 to +1.67)", "better: +11.33 dB"),
+        ([99, 29, 31, 33, 29, 31, 33], "worse: -1.00 dB (-1.00 to -1.00)", "better: +9.00 dB"),
+        ([0, 31, 31, 34, 31, 31, 34], "not told apart: +0.00 dB (-0.67 to +0.67)", "better: +10.00 dB"),
     ],
 )
 def test_a_mixture_is_judged_by_prompts_it_has_not_seen(study: Any, psnr: list[float], here: str, there: str) -> None:
     found = judge(*study(psnr))
-    assert (found.prompts, found.left_out) == (3, 1)
+    assert (found.prompts, found.left_out) == (6, 1)
     (verdict,) = found.verdicts
     assert str(verdict.best_here).startswith(here)
     assert str(verdict.best_here).endswith("against svg2@0.3")
@@ -310,6 +310,9 @@ def test_what_cannot_be_judged_is_said(study: Any) -> None:
         judge(other, rows)
     with pytest.raises(ConfigError, match="holds no row of mine"):
         judge(mixtures.model_copy(update={"name": "mine"}), rows)
+    rows.unlink()
+    few = judge(*study([0, 31, 33, 35, 31, 33], "abcdef"))
+    assert "5 prompts, fewer than the 6 that can decide: +1.00 dB" in few.markdown()
 
 
 # -- the commands ---

@@ -259,6 +259,17 @@ def error_of_run(result: Result) -> str:
 
 def test_an_output_that_is_no_page_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
     assert "the report is an .html file" in error_of(evaluate(tmp_path / "out.png"))
+    assert "the report is an .html file." in error_of(evaluate(tmp_path / "a.jsonl", "--report", tmp_path / "b.jsonl"))
+
+
+def test_rows_alone_need_no_package_of_the_report(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "jinja2"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    assert evaluate(tmp_path / "out.jsonl", *FEW).exit_code == 0
+    assert files(tmp_path) == {"out.jsonl", "out-media"}
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) > 1
 
 
 @pytest.mark.parametrize("text", ["", "no json\n", '{"format": 1}\n'])

@@ -177,14 +177,15 @@ def test_what_computes_more_than_asked_is_not_the_best_and_what_is_alike_is_mark
         *candidate("greedy@0.3", [40, 40, 40, 40], map=dense_at(0.4, 0.4, 0.4)),
         *candidate("best@0.3", [30, 34, 32, 36], map=dense_at(0.3, 0.36, 0.4)),
         *candidate("close@0.3", [31, 33, 32, 35], map=dense_at(0.3, 0.3, 0.3)),
-        *candidate("far@0.3", [20, 24, 22, 26], map=dense_at(0.3, 0.3, 0.3)),
+        *candidate("far@0.3", [20, 24, 22], map=dense_at(0.3, 0.3, 0.3)),
     ]
     (table,) = ranked(rows)
     psnr, spent_at = table.columns.index("PSNR dB"), table.columns.index("spent")
     assert [line[spent_at].text for line in table.rows] == ["0.400 †", "0.353", "0.300", "0.300"]
     assert [line[psnr].best for line in table.rows] == [False, True, False, False]
     assert [line[psnr].text.endswith("≈") for line in table.rows] == [False, False, True, False]
-    assert [note[0] for note in table.notes] == ["†", "≈"]
+    assert [line[0].text.endswith("‡") for line in table.rows] == [False, False, False, True]  # one prompt is missing
+    assert [note[0] for note in table.notes] == ["†", "≈", "‡"]
     text = table.trimmed.markdown()
     assert "| greedy@0.3 | 0.400 † |" in text
     assert "| **33.00 (31.00 to 35.00)** |" in text

@@ -20,26 +20,32 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_mass import triton as weighing
 from dit_accel.kernels.block_max import triton as maximal
+from dit_accel.kernels.block_sparse import hopper
 from dit_accel.kernels.block_sparse import quantised_pack as packing
 from dit_accel.kernels.block_sparse import quantised_triton as rounded
 from dit_accel.kernels.block_sparse import triton as attention
 from dit_accel.kernels.block_sparse.api import _checked
-from dit_accel.kernels.block_sparse.problem import Predicate, Problem
+from dit_accel.kernels.block_sparse.problem import Precision, Predicate, Problem
 from dit_accel.kernels.block_sparse.tiles import choose
 from dit_accel.kernels.budget import triton as budgeting
+from dit_accel.kernels.descent import triton as searching
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
 from dit_accel.kernels.pooled import triton as pooling
 from dit_accel.kernels.qk_norm_rope import Norm, Part
 from dit_accel.kernels.qk_norm_rope import triton as turning
+from dit_accel.kernels.row_shares import triton as sharing
 from dit_accel.kernels.top_mass import triton as summing
 from dit_accel.kernels.unit_means import triton as averaging
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 BF16, FP32 = torch.bfloat16, torch.float32
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 TYPES = {
@@ -115,6 +121,18 @@ def compile_rounded(capability: int, name: str, pack: bool = False) -> triton.co
     return compile_launch(rounded._attention_kernel, capability, args, constants)
 
 
+def compile_hopper(name: str, precision: Precision = "as given") -> triton.compiler.CompiledKernel:
+    """The kernel of capability 9.0 on a call of the table above."""
+    problem = replace(problem_of(*VARIANTS[name]), precision=precision)
+    assert not hopper.misfits(problem)
+    hopper._pack, hopper._processors = shaped_as_packed, lambda device: 132
+    hopper.pack = packing.packed_room
+    keys = hopper.keys_of(problem)
+    out, lse = torch.empty_like(problem.q), torch.empty(1, 16, problem.q.shape[1])
+    _, args, constants = hopper.launch(problem, keys, out, lse)
+    return compile_launch(hopper.attention_kernel, 90, args, constants)
+
+
 def compile_pack(capability: int) -> triton.compiler.CompiledKernel:
     x, order = torch.zeros(1, 16, 64, 128, dtype=BF16), torch.zeros(1, 1, 64, dtype=torch.int32)
     args = (x, x, x, x, order, *x.stride(), *x.stride(), 0, 0, 64, 16)
@@ -144,11 +162,35 @@ def compile_mass(capability: int, dim: int, dtype: torch.dtype) -> triton.compil
     return compile_launch(weighing._mass_kernel, capability, args, constants)
 
 
-def compile_max(capability: int) -> triton.compiler.CompiledKernel:
-    q, slots = torch.zeros(1, 1024, 16, 32, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
-    out = torch.zeros(1, 16, 1024 // weighing.tile_of(128, q)[0], 8)
-    _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, out)
+def compile_max(capability: int, dim: int, biased: bool) -> triton.compiler.CompiledKernel:
+    q, slots = torch.zeros(1, 1024, 16, dim, dtype=BF16), torch.zeros(1024, dtype=torch.int32)
+    biases = (torch.zeros(1, 16, 1024),) * 2 if biased else None
+    out = torch.zeros(1, 16, 1024 // maximal.tile_of(128, q)[0], 8)
+    _, args, constants = maximal.launch(q, q, slots, slots, 128, 0.1, biases, out)
     return compile_launch(maximal._max_kernel, capability, args, constants)
+
+
+def compile_shares(capability: int, which: str) -> triton.compiler.CompiledKernel:
+    """XAttention's runs as they lie, or sampled rows with slots and a bias, by unit or by key."""
+    columns = 4728 if which == "runs" else 4096
+    logits, bias = torch.zeros(1, 16, 8, columns), None if which == "runs" else torch.zeros(1, 1, columns)
+    if which == "keys":
+        normal, out = torch.zeros(1, 16, 8, 2), torch.zeros(1, 16, 4096)
+        kernel, (_, args, constants) = sharing.launch_keys(logits, 0.1, bias, normal, out)[1]
+        return compile_launch(kernel, capability, args, constants)
+    slots, unit = (None, 8) if which == "runs" else (torch.zeros(4096, dtype=torch.int32), 64)
+    out = torch.zeros(1, 16, 8, columns // unit)
+    _, args, constants = sharing.launch_units(logits, slots, unit, 0.1, bias, out)
+    return compile_launch(sharing._units_kernel, capability, args, constants)
+
+
+def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKernel:
+    """Groups of 16 queries against units of 64 keys, as InfiniteHiP's recipe has them: the product, or the search."""
+    queries, k = torch.zeros(1, 16, 64, 16, 128, dtype=BF16), torch.zeros(1, 1024, 16, 128, dtype=BF16)
+    slots, tokens = torch.zeros(1024, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    most, out = torch.zeros(1, 16, 64, 1024), torch.zeros(1, 16, 64, 16)
+    kernel, (_, args, constants) = searching.launches(queries, k, slots, tokens, 64, most, out, 0)[which]
+    return compile_launch(kernel, capability, args, constants)
 
 
 def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
@@ -232,7 +274,13 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
-    "block-max": compile_max,
+    "descent-largest": lambda capability: compile_descent(capability, 0),
+    "descent-search": lambda capability: compile_descent(capability, 1),
+    "shares-runs": lambda capability: compile_shares(capability, "runs"),
+    "shares-units": lambda capability: compile_shares(capability, "units"),
+    "shares-keys": lambda capability: compile_shares(capability, "keys"),
+    "block-max": lambda capability: compile_max(capability, 32, biased=False),
+    "block-max-biased": lambda capability: compile_max(capability, 128, biased=True),
     "block-mass-64": lambda capability: compile_mass(capability, 64, BF16),
     "block-mass-128": lambda capability: compile_mass(capability, 128, BF16),
     "block-mass-256": lambda capability: compile_mass(capability, 256, BF16),
@@ -256,11 +304,21 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "assign-128-fp32": lambda capability: compile_assign(capability, 128, FP32),
 }
 
+HOPPER: dict[str, Callable[[], triton.compiler.CompiledKernel]] = {
+    **{f"hopper-{name}": lambda name=name: compile_hopper(name) for name in (
+        "bf16-128", "bf16-128-narrow", "bf16-128-small", "bf16-64-small", "bf16-64-ragged", "bf16-128-orders",
+        "bf16-128-orders-full",
+    )},
+    **{f"hopper-int8-{name}": lambda name=name: compile_hopper(f"bf16-{name}", "int8") for name in (
+        "128", "128-narrow", "64-ragged", "128-orders",
+    )},
+}  # fmt: skip
+
 
 def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, Any]) -> triton.compiler.CompiledKernel:
     """Compile with the types and the divisibility that these arguments would have at run time."""
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in constants}
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     signature, attrs = {}, {}
     for at, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         signature[name] = type_of(value)
@@ -269,13 +327,19 @@ def compile_launch(kernel, capability: int, args: tuple, constants: dict[str, An
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[(at,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
-    source = ASTSource(kernel, signature, constants, attrs)
+    if isinstance(kernel, GluonJITFunction):
+        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = GluonASTSource(kernel, signature, at, attrs)
+    else:
+        source = ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def type_of(value: object) -> str:
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
+    if isinstance(value, GluonDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
     if isinstance(value, torch.Tensor):
@@ -285,7 +349,9 @@ def type_of(value: object) -> str:
 
 def measure(capability: int, name: str) -> dict[str, Any]:
     """Compile one variant and say what a program takes: shared memory and stack in bytes, registers a thread."""
-    if name in OTHERS:
+    if name in HOPPER:
+        compiled = HOPPER[name]()
+    elif name in OTHERS:
         compiled = OTHERS[name](capability)
     else:
         compiled = compile_attention(capability, problem_of(*VARIANTS[name]))
@@ -316,9 +382,11 @@ def table(capabilities: list[int]) -> None:
     print(f"Triton {triton.__version__}: shared memory in KiB / registers a thread / bytes of stack.\n")
     print("| kernel | " + " | ".join(f"sm_{capability}" for capability in capabilities) + " |")
     print("|---" * (len(capabilities) + 1) + "|")
-    for name in (*VARIANTS, *OTHERS):
-        cells = [measure(capability, name) for capability in capabilities]
-        told = [f"{c['shared'] / 1024:.0f} / {c['registers']} / {c['stack']}" for c in cells]
+    for name in (*VARIANTS, *OTHERS, *HOPPER):
+        cells = [
+            measure(capability, name) if name not in HOPPER or capability == 90 else None for capability in capabilities
+        ]
+        told = ["" if c is None else f"{c['shared'] / 1024:.0f} / {c['registers']} / {c['stack']}" for c in cells]
         print(f"| {name} | " + " | ".join(told) + " |", flush=True)
 
 
@@ -326,7 +394,7 @@ def main(first: str, rest: list[str]) -> None:
     if first == "table":
         table([int(capability) for capability in rest] or list(CAPABILITIES))
         return
-    for name in rest or [*VARIANTS, *OTHERS]:
+    for name in rest or [*VARIANTS, *OTHERS, *(HOPPER if first == "90" else ())]:
         print(json.dumps(measure(int(first), name)), flush=True)
 
 

@@ -34,7 +34,7 @@ def check(lines: list[dict]) -> None:
         assert line["shared"] <= SHARED_LIMIT[line["capability"]] << 10, line
         assert line["stack"] <= MORE_STACK.get(line["name"], STACK_LIMIT), line
         assert not line["tma"] or line["capability"] >= 90, line
-        assert line["int8"] == (line["name"].startswith("int8") and "pack" not in line["name"]), line
+        assert line["int8"] == ("int8" in line["name"] and "pack" not in line["name"]), line
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -46,6 +46,13 @@ def test_orders_bias_and_predicates_compile():
     check(compiled("90", "bf16-72-bias", "bf16-128-orders-full", "bf16-128-predicate", "fp32-64", "pack", "merge"))
 
 
+def test_the_kernel_for_hopper_compiles():
+    names = ("bf16-128", "bf16-128-narrow", "bf16-128-orders", "bf16-64-ragged", "bf16-128-small", "int8-128-orders")
+    lines = compiled("90", *(f"hopper-{name}" for name in names))
+    check(lines)
+    assert all(line["tma"] and line["stack"] <= 16 for line in lines), lines
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
     names = ("means-two", "assign-128", "block-mass-128", "budget-digit", "lists-bits", "pooled-128")
@@ -53,8 +60,8 @@ def test_selection_compiles(capability):
 
 
 def test_other_selection_compiles():
-    names = ("means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass")
-    check(compiled("90", *names, "norm-rope-layer", "norm-rope-rounds-first", "norm-rope-halves"))
+    names = ("means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass", "shares-units")
+    check(compiled("90", *names, "descent-largest", "norm-rope-layer", "norm-rope-rounds-first", "norm-rope-halves"))
 
 
 @pytest.mark.full

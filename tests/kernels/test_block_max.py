@@ -18,6 +18,8 @@ def slowly(given, dtype):
     """The definition, token by token, every step in `dtype`."""
     q, k, unit = given["q"].to(dtype), given["k"].to(dtype), given["unit"]
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * given["scale"]
+    if "q_bias" in given:
+        logits = logits + given["q_bias"].to(dtype)[..., None] + given["k_bias"].to(dtype)[:, :, None]
     q_units, k_units = (given[name].view(-1, unit).tolist() for name in ("q_slots", "k_slots"))
     out = torch.full((*logits.shape[:2], len(q_units), len(k_units)), -math.inf, dtype=dtype)
     for i, queries in enumerate(q_units):
@@ -33,6 +35,7 @@ CASES = {
     "two tiles a unit": {"unit": 48, "length": 90},
     "bf16": {"dtype": torch.bfloat16, "unit": 32, "dim": 40},
     "fp16, batch": {"dtype": torch.float16, "batch": 2, "heads": 1},
+    "biased": {"batch": 2, "biased": True, "dtype": torch.bfloat16},
     "one token": {"length": 1, "text": 0, "holes": 0},
 }
 
@@ -40,7 +43,11 @@ CASES = {
 @on_both
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_definition(case, backend, device):
-    given = call(sorted(CASES).index(case), **CASES[case])
+    asked = dict(CASES[case])
+    biased = asked.pop("biased", False)
+    given = call(sorted(CASES).index(case), **asked)
+    if biased:
+        given |= zip(("q_bias", "k_bias"), torch.randn(2, 2, 2, 43) * 5, strict=True)
     out = block_max(**moved(given, device), backend=backend).cpu()
     assert out.dtype == torch.float32
     gold, eager = slowly(given, torch.float64), slowly(given, given["q"].dtype).float()
@@ -70,3 +77,7 @@ def test_bad_calls_say_what_was_given():
     given = {name: x for name, x in call(0).items() if name != "unit"}
     with pytest.raises(ValueError, match="unit is 24"):
         block_max(**given, unit=24)
+    with pytest.raises(ValueError, match=r"scale is -0\.3"):
+        block_max(**{**given, "scale": -0.3}, unit=16)
+    with pytest.raises(ValueError, match=r"q_bias and k_bias are \[1, 2, 5\] torch.float32, None"):
+        block_max(**given, unit=16, q_bias=torch.zeros(1, 2, 5))
