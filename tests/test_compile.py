@@ -27,6 +27,7 @@ from dit_accel.kernels.pooled.op import pooled_op
 from dit_accel.kernels.qk_norm_rope.op import norm_rope_op
 from dit_accel.kernels.row_shares.op import keys_op, units_op
 from dit_accel.kernels.top_mass.op import mass_op
+from dit_accel.kernels.unit_error.op import error_op
 
 STEPS = 4
 RECIPE = SPARSE.override(dense_steps=0.25)  # one dense step, then plans decided anew at every step
@@ -303,6 +304,9 @@ def test_opcheck_of_the_kernels() -> None:
     logits = torch.randn(1, 2, 3, 32)
     torch.library.opcheck(units_op, (logits, slots[:32], 8, 0.2, torch.randn(1, 1, 32), None))
     torch.library.opcheck(units_op, (logits, None, 8, 0.2, None, None))
+    bounds, means = torch.tensor([[[0, 16, 32]]]), torch.randn(2, 3, 2, 16)
+    units = (slots[None, None, :32], bounds, 16, means, means)
+    torch.library.opcheck(error_op, (torch.randn(2, 3, 4, 16), k, v, *units, 0.2, None))
     torch.library.opcheck(descend_op, (q[:, :32, None].transpose(1, 3), k[:, :32], slots[:32], 16, None))
     torch.library.opcheck(keys_op, (logits, 0.2, None, None))
     torch.library.opcheck(max_op, (q[:, :32], k[:, :32], slots[:32], slots[:32], 16, 0.2, None, None, None))

@@ -16,6 +16,7 @@ from dit_accel.kernels.block_mass import reference as block_mass
 from dit_accel.kernels.block_max import reference as block_max
 from dit_accel.kernels.block_sparse import cpu
 from dit_accel.kernels.descent import reference as descent
+from dit_accel.kernels.unit_error import reference as unit_error
 from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import rows, scores
 from dit_accel.sparsity.planner import Planner
@@ -92,7 +93,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_map_over_token_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rows, scores, block_mass, block_max, descent):
+    for module in (rows, scores, block_mass, block_max, descent, unit_error):
         monkeypatch.setattr(module, "BYTES", 1 << 20)
     assert planned(name, 2, 1).largest < LAYOUT.length**2
 
@@ -115,7 +116,7 @@ def test_heads_that_are_told_cost_no_more(name: str) -> None:
 @pytest.mark.parametrize("name", ["paro", "sparse-vdit", "moa", "sta", "svg2"])
 def test_measuring_a_call_holds_no_map_and_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a calibration measures of a call, a run of queries at a time."""
-    for module in (rows, scores, block_mass, block_max, descent):
+    for module in (rows, scores, block_mass, block_max, descent, unit_error):
         monkeypatch.setattr(module, "BYTES", 1 << 20)
     recipe = resolve(name, block_q=16, block_k=16)
     choice = recipe.heads or recipe.search

@@ -15,7 +15,7 @@ from dit_accel.step import StepInfo
 
 LAYOUT = TokenLayout(grid=(1, 7, 9), text=5)
 NAMES = ["balanced", "draft", "jenga", "sparge", "rectified"]
-NAMES += ["xattention", "pbs", "minference", "double-sparsity", "hip"]
+NAMES += ["xattention", "pbs", "minference", "double-sparsity", "hip", "sale", "svg-ear"]
 
 
 @pytest.mark.parametrize(

@@ -140,15 +140,6 @@ def grid_weights(side: Side) -> torch.Tensor:
     return side.grid_weights
 
 
-def in_slots(side: Side, x: torch.Tensor) -> torch.Tensor:
-    """Lay the tokens of [B, S, H, D] into slots, [B, H, slots, D]; a hole repeats the first token."""
-    at = side.slots.clamp(min=0).long()
-    if side.shared:
-        return x[:, at[0, 0]].transpose(1, 2)
-    b, _, h, d = x.shape
-    return x.transpose(1, 2).gather(2, at.expand(b, h, -1)[..., None].expand(-1, -1, -1, d))
-
-
 # Finer than a unit -------------------------------------------------------------------------------------------------
 def subtiles(scene: Scene, config: SubtileScore) -> torch.Tensor:
     """Return the softmax over means of few neighbouring tokens, added up to units.

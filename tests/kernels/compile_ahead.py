@@ -43,6 +43,7 @@ from dit_accel.kernels.qk_norm_rope import Norm, Part
 from dit_accel.kernels.qk_norm_rope import triton as turning
 from dit_accel.kernels.row_shares import triton as sharing
 from dit_accel.kernels.top_mass import triton as summing
+from dit_accel.kernels.unit_error import triton as erring
 from dit_accel.kernels.unit_means import triton as averaging
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
@@ -193,6 +194,15 @@ def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKern
     return compile_launch(kernel, capability, args, constants)
 
 
+def compile_unit_error(capability: int) -> triton.compiler.CompiledKernel:
+    """Clusters, which each head has its own."""
+    q, k, means = torch.zeros(1, 16, 300, 128), torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128)
+    slots, bounds = torch.zeros(1, 16, 2048, dtype=torch.int32), torch.zeros(1, 16, 101, dtype=torch.int64)
+    made = torch.zeros(3, 1, 16, 300, 100)
+    _, args, constants = erring.launch(q, k, k, slots, bounds, 64, (means, means), 0.1, made)
+    return compile_launch(erring._error_kernel, capability, args, constants)
+
+
 def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
     score, keep = torch.zeros(1, 40, 591, 591), torch.zeros(591, 591, dtype=torch.bool)
     _, args, constants = summing.launch(score, keep, 0.9, 0.1, torch.zeros(1, 40, 591, 591, dtype=torch.bool))
@@ -274,6 +284,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
+    "unit-error": compile_unit_error,
     "descent-largest": lambda capability: compile_descent(capability, 0),
     "descent-search": lambda capability: compile_descent(capability, 1),
     "shares-runs": lambda capability: compile_shares(capability, "runs"),

@@ -1,0 +1,105 @@
+"""The door of the operation: checks and choice of the back end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.choice import wants_triton
+
+from .op import error_op
+
+Backend = Literal["triton", "reference"]
+
+
+def unit_error(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    block: int,
+    means_k: Tensor,
+    means_v: Tensor,
+    scale: float,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Return how far sum_j exp(q k_j) v_j over a unit is from n exp(q k̄) v̄, over the sum of exp(q k) of all units.
+
+    Args:
+        queries: float32 [B, H, R, D]; Triton multiplies them rounded to the dtype of k.
+        k, v: floating [B, S, H, D] of one dtype, any strides.
+        slots: int32 [B|1, H|1, slots], the token in each slot, -1 a hole.
+        bounds: int64 [B|1, H|1, units + 1], the first slot of each unit and the end, multiples of `block`. Slots
+            behind the last belong to no unit.
+        block: slots that units are whole numbers of, a multiple of 16.
+        means_k, means_v: float32 [B, H, units, D], the means k̄ and v̄ of each unit's n tokens.
+        scale: what products of queries and keys are multiplied by.
+        backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
+
+    Returns:
+        float32 [B, H, R, units], Euclidean lengths; 0 for a unit without tokens. What is not finite in a head makes the
+        head's lengths of the queries concerned not finite; a value, those of its unit, and in Triton one of token 0
+        those of every unit with holes.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit; RuntimeError: the named back end cannot run this.
+
+    The error that SVG-EAR (arXiv 2603.08982) spends its budget by.
+    """
+    if torch.compiler.is_compiling():
+        return error_op(queries, k, v, slots, bounds, block, means_k, means_v, scale, backend)
+    _check(queries, k, v, slots, bounds, block, (means_k, means_v))
+    if _uses_triton(k, queries, bounds, backend):
+        from .triton import lengths
+    else:
+        from .reference import lengths
+    return lengths(queries, k, v, slots, bounds, block, means_k, means_v, scale)
+
+
+def _uses_triton(k: Tensor, queries: Tensor, bounds: Tensor, backend: Backend | None) -> bool:
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    wanted = backend or ("triton" if wants_triton(k) else "reference")
+    if wanted == "reference":
+        return False
+    reasons = _unsupported_reasons(k)
+    if backend is not None and reasons:
+        raise RuntimeError(f"backend {backend!r} cannot attend k {list(k.shape)}: {'; '.join(reasons)}")
+    return not reasons and queries.numel() > 0 and bounds.shape[2] > 1
+
+
+def _unsupported_reasons(k: Tensor) -> list[str]:
+    try:
+        from .triton import runs_on
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    reasons = runs_on(k.device, k.dtype)
+    if k.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {k.dtype} is not fp16, bf16 or fp32")
+    if not 16 <= k.shape[3] <= 256:
+        reasons.append(f"head dim {k.shape[3]} is not within 16..256")
+    return reasons
+
+
+def _check(
+    queries: Tensor, k: Tensor, v: Tensor, slots: Tensor, bounds: Tensor, block: int, means: tuple[Tensor, Tensor]
+) -> None:
+    if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or not k.dtype.is_floating_point:
+        raise ValueError(f"k is {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}; expected both [B, S, H, D]")
+    b, _, h, d = k.shape
+    shape = tuple(queries.shape[:2]), *queries.shape[3:]
+    if queries.dim() != 4 or shape != ((b, h), d) or queries.dtype != torch.float32:
+        raise ValueError(f"queries is {list(queries.shape)} {queries.dtype}; expected float32 [{b}, {h}, R, {d}]")
+    for name, x, dtype in (("slots", slots, torch.int32), ("bounds", bounds, torch.int64)):
+        if x.dim() != 3 or x.shape[0] not in (1, b) or x.shape[1] not in (1, h) or x.dtype != dtype:
+            raise ValueError(f"{name} is {list(x.shape)} {x.dtype}; expected {dtype} [{b}|1, {h}|1, ...]")
+    if block < 16 or block % 16 or slots.shape[2] % block:
+        raise ValueError(f"block is {block}; expected a multiple of 16 that divides {slots.shape[2]} slots")
+    units = bounds.shape[2] - 1
+    if any(tuple(x.shape) != (b, h, units, d) or x.dtype != torch.float32 for x in means):
+        said = " and ".join(f"{list(x.shape)} {x.dtype}" for x in means)
+        raise ValueError(f"means are {said}; expected float32 {[b, h, units, d]}")

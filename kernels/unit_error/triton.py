@@ -1,0 +1,136 @@
+"""The error in Triton: one pass over keys and values; every unit by itself, so that all may run side by side.
+
+With top the largest logit of a unit, a unit leaves top, |sum_j exp(s_j - top) v_j - n exp(s̄ - top) v̄| and
+sum_j exp(s_j - top). Only these, three numbers for each query and unit, meet those of other units.
+"""
+
+# Triton's language is not Python's: pyright cannot follow constexprs and launches
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.block_mass.triton import vectors_of
+from dit_accel.kernels.block_sparse.tiles import power_of_two_part
+from dit_accel.kernels.block_sparse.triton import runs_on
+from dit_accel.kernels.sizes import power_of_two
+
+__all__ = ["lengths", "runs_on"]
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(math.log2(math.e))
+UNITS = 16  # that a program does one after the other
+
+
+@triton.jit
+def _error_kernel(
+    q_ptr, k_ptr, v_ptr, slots_ptr, bounds_ptr, means_k_ptr, means_v_ptr, top_ptr, error_ptr, total_ptr,
+    k_stride_b, k_stride_s, k_stride_h, k_stride_d, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
+    slots_stride_b, slots_stride_h, bounds_stride_b, bounds_stride_h, heads, rows, units, to_log2,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some queries of one head and some units: the largest logit (in log2 units), and error and sum relative to it."""
+    bh = tl.program_id(2).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D_PAD)
+    q_ptr += bh * rows * D
+    asking = tl.minimum(row, rows - 1)
+    q = vectors_of(q_ptr, asking, D, 1, D, D_PAD).to(k_ptr.dtype.element_ty)
+    if INTERPRETED:
+        q = q.to(tl.float32)
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
+    slots_ptr += b * slots_stride_b + h * slots_stride_h
+    bounds_ptr += b * bounds_stride_b + h * bounds_stride_h
+    first_unit = tl.program_id(1) * UNITS
+    for unit in range(first_unit, tl.minimum(first_unit + UNITS, units)):
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, D_PAD], tl.float32)
+        tokens = 0
+        for first in range(tl.load(bounds_ptr + unit), tl.load(bounds_ptr + unit + 1), TILE_K):
+            token = tl.load(slots_ptr + first + tl.arange(0, TILE_K))
+            real = token >= 0
+            tokens += tl.sum(real.to(tl.int32), 0)
+            k = vectors_of(k_ptr, tl.maximum(token, 0), k_stride_s, k_stride_d, D, D_PAD)
+            v = vectors_of(v_ptr, tl.maximum(token, 0), v_stride_s, v_stride_d, D, D_PAD)
+            logits = tl.dot(q, k.T, input_precision=PRECISION) * to_log2
+            logits = tl.where(real[None, :], logits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            # a unit that has shown no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights, kept = tl.exp2(logits - shift[:, None]), tl.exp2(top - shift)
+            total = total * kept + tl.sum(weights, 1)
+            out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            top = new_top
+        at = (bh * units + unit) * D + d
+        mean_k = tl.load(means_k_ptr + at, mask=d < D, other=0.0)
+        mean_v = tl.load(means_v_ptr + at, mask=d < D, other=0.0)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        # read again: kept all the way, they would take a quarter of the registers
+        again = vectors_of(q_ptr, asking, D, 1, D, D_PAD).to(k_ptr.dtype.element_ty).to(tl.float32)
+        pooled = tl.exp2(tl.sum(again * mean_k[None, :], 1) * to_log2 - shift) * tokens
+        apart = out - tl.where(tokens > 0, pooled[:, None] * mean_v[None, :], 0.0)
+        place = (bh * rows + row) * units + unit
+        tl.store(top_ptr + place, top, mask=row < rows)
+        tl.store(error_ptr + place, tl.sqrt(tl.sum(apart * apart, 1)), mask=row < rows)
+        tl.store(total_ptr + place, total, mask=row < rows)
+
+
+def lengths(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    block: int,
+    means_k: Tensor,
+    means_v: Tensor,
+    scale: float,
+) -> Tensor:
+    """Run the kernel on a checked, non-empty call; shapes as in `unit_error`."""
+    shape = (*queries.shape[:3], means_k.shape[2])
+    top, error, total = made = torch.empty(3, *shape, dtype=torch.float32, device=k.device)
+    with torch.cuda.device_of(k):
+        means = (means_k.contiguous(), means_v.contiguous())
+        grid, args, constants = launch(queries, k, v, slots, bounds, block, means, scale, made)
+        _error_kernel[grid](*args, **constants)
+    weight = (top - top.amax(-1, keepdim=True)).exp2_()
+    return error * weight / (total * weight).sum(-1, keepdim=True)
+
+
+def launch(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    block: int,
+    means: tuple[Tensor, Tensor],
+    scale: float,
+    made: Tensor,
+) -> tuple[tuple[int, int, int], tuple, dict[str, Any]]:
+    """Grid, positional arguments and compile-time constants of the kernel for one call."""
+    b, h, rows, dim = queries.shape
+    units, exact = bounds.shape[2] - 1, k.element_size() == 4
+    at_once = 32 if exact else 64
+    slots, bounds = slots.contiguous(), bounds.contiguous()
+    lead = (s if n > 1 else 0 for x in (slots, bounds) for s, n in zip(x.stride()[:2], x.shape[:2], strict=True))
+    args = (
+        queries.contiguous(), k, v, slots, bounds, *means, *made, *k.stride(), *v.stride(), *lead, h, rows, units,
+        scale * LOG2_E.value,
+    )  # fmt: skip
+    constants = {
+        "D": dim, "D_PAD": power_of_two(dim, 16), "ROWS": at_once, "TILE_K": min(power_of_two_part(block), at_once),
+        "UNITS": UNITS, "PRECISION": "ieee" if exact else "tf32", "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+    return (-(-rows // at_once), -(-units // UNITS), b * h), args, constants
