@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import Precision, Predicate
+from dit_accel.kernels.block_sparse.api import _for_hopper
 from dit_accel.kernels.block_sparse.problem import Problem
 from dit_accel.kernels.block_sparse.quantised import rounded_problem
 from dit_accel.kernels.block_sparse.reference import attend as reference
@@ -51,16 +52,21 @@ class Case:
 
 
 def _cases() -> Iterator[Case]:
-    """All calls, those that presets make most first."""
-    for block, kind, dim in itertools.product(((128, 128), (128, 64), (64, 64)), ("holes", "plain"), (128, 64)):
+    """All calls, those that recipes make most first."""
+    blocks, dims, calls = ((128, 64), (128, 128), (64, 64)), (128, 64), ("holes", "plain", "predicate", "bias")
+    for block, kind, dim in itertools.product(blocks, calls, dims):
         yield Case("as given", kind, dim, *block)
-    yield Case("as given", "predicate", 128, 128, 128)
-    yield Case("as given", "bias", 128, 128, 128)
-    for kind, dim in itertools.product(("holes", "plain"), (128, 64)):
-        yield Case("int8", kind, dim, 128, 128)
+    for block, kind, dim in itertools.product(blocks[:2], calls[:2], dims):
+        yield Case("int8", kind, dim, *block)
 
 
 CASES = tuple(_cases())
+
+
+def takes_other_kernel(case: Case, device: torch.device) -> bool:
+    """Say whether such calls run on the Hopper kernel here, which takes no tiles from a table."""
+    small = make_problem(replace(case, tokens=512, heads=1), FLAVOURS[case.kind][0], device, torch.bfloat16)
+    return _for_hopper(small)
 
 
 # --- calls ---

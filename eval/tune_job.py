@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_accel.errors import ConfigError, UnsupportedError, nearest
-from dit_accel.eval.tune_cases import CASES, Case
+from dit_accel.eval.tune_cases import CASES, Case, takes_other_kernel
 from dit_accel.eval.tune_kernels import DeadDeviceError, Outcome, gpu_clock, screen_table, table_of, tune_all
 from dit_accel.kernels.block_sparse import tuned
 from dit_accel.pipelines.cli import print_json
@@ -32,9 +32,15 @@ class TuneJob:
             if name not in known:
                 raise ConfigError(f"case: none is called {name!r}.{nearest(name, known)}")
 
-    @property
-    def cases(self) -> list[Case]:
-        return [case for case in CASES if not self.names or case.name in self.names]
+    def cases(self, device: torch.device) -> list[Case]:
+        """Return the asked calls that take tiles from a table on this device; UnsupportedError where none does."""
+        asked = [case for case in CASES if not self.names or case.name in self.names]
+        found = [case for case in asked if not takes_other_kernel(case, device)]
+        if not found:
+            raise UnsupportedError(
+                "all of these calls run on the Hopper kernel here, which takes no tiles from a table."
+            )
+        return found
 
     def reset(self) -> None:
         """Remove the table, whatever it holds."""
@@ -47,18 +53,18 @@ class TuneJob:
     def run(self, as_json: bool) -> None:
         """Tune, write after each case, and show old beside new; an interrupt keeps what was found."""
         device = _device()
-        gpu, outcomes = tuned.gpu_name(device), []
+        cases, gpu, outcomes = self.cases(device), tuned.gpu_name(device), []
         path = self.out or tuned.path(gpu)
         old = tuned.read(path)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=screen(stderr=True), transient=True) as progress:
-            task = progress.add_task("", total=len(self.cases))
+            task = progress.add_task("", total=len(cases))
 
             def said(what: str) -> None:
                 progress.update(task, description=what)
 
             try:
-                for one in tune_all(self.cases, device, self.seconds, gpu_clock, said):
+                for one in tune_all(cases, device, self.seconds, gpu_clock, said):
                     outcomes.append(one)
                     progress.advance(task)
                     tuned.write(table_of(outcomes, old, device), path)
@@ -67,7 +73,7 @@ class TuneJob:
         tuned.forget()
         if as_json:
             print_json({"output": str(path), "gpu": gpu, "cases": [_plain(one) for one in outcomes]})
-        left = len(self.cases) - len(outcomes)
+        left = len(cases) - len(outcomes)
         shown = screen(stderr=as_json)
         shown.print(screen_table(outcomes, gpu))
         shown.print(f"{path}{f'; {left} cases were not reached' if left else ''}", soft_wrap=True, highlight=False)

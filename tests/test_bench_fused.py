@@ -33,7 +33,8 @@ def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
     for case in bench_fused.branch_rows.TINY:
         names = [row.operation for row in rows if row.case == case.name]
         assert len([name for name in names if name.startswith("text")]) == (3 if case.text else 0)
-        assert {"columns 5%", f"centroids {case.clusters[0]}x{case.clusters[1]}"} <= set(names)
+        centroids = f"centroids {case.clusters[0]}x{case.clusters[1]}"
+        assert {"columns 5%", f"{centroids} triton", f"{centroids} reference"} <= set(names)
     for row in rows:
         assert row.ms > 0
         assert row.bound_ms > 0
@@ -50,7 +51,7 @@ def test_branches_are_counted() -> None:
     assert one.flops == 4 * 300 * 100 * 2 * 16
     assert (both.moved, both.flops) == (2 * (one.moved - 2 * words) + 2 * words, 2 * one.flops)
     assert rows["text queries 100"].flops == one.flops
-    assert 0 < rows["centroids 3x5"].flops <= 4 * 200 * 5 * 2 * 16
+    assert 0 < rows["centroids 3x5 reference"].flops <= 4 * 200 * 5 * 2 * 16
 
 
 def test_some_operations_alone_keep_the_rows_of_the_others(tmp_path: Path) -> None:

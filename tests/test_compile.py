@@ -23,6 +23,7 @@ from dit_accel.kernels.block_sparse.op import block_sparse_op
 from dit_accel.kernels.budget.op import heads_op, rows_op
 from dit_accel.kernels.descent.op import descend_op
 from dit_accel.kernels.merge.op import merge_op
+from dit_accel.kernels.pooled.op import pooled_op
 from dit_accel.kernels.qk_norm_rope.op import norm_rope_op
 from dit_accel.kernels.row_shares.op import keys_op, units_op
 from dit_accel.kernels.top_mass.op import mass_op
@@ -298,6 +299,8 @@ def test_opcheck_of_the_kernels() -> None:
     joint = ([q, q[:, :5]], [k, k[:, :5]], [weight, weight, None, None, None, weight, weight, None])
     torch.library.opcheck(norm_rope_op, (*joint, "rms", 1e-6, False, True, table[0], table[1], 2, True, None))
     torch.library.opcheck(norm_rope_op, ([q], [k], [None] * 4, "layer", 1e-6, True, False, None, None, 0, True, None))
+    groups = (torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16), torch.ones(1, 1, 5), torch.ones(1, 1, 4, 5).bool())
+    torch.library.opcheck(pooled_op, (q, *groups, torch.zeros(1, 1, 37, dtype=torch.int64), 0.2, None))
     logits = torch.randn(1, 2, 3, 32)
     torch.library.opcheck(units_op, (logits, slots[:32], 8, 0.2, torch.randn(1, 1, 32), None))
     torch.library.opcheck(units_op, (logits, None, 8, 0.2, None, None))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dit_accel.kernels.choice import wants_triton
 
+from .op import pooled_op
+
 Backend = Literal["triton", "reference"]
 
 
@@ -31,48 +33,41 @@ def pooled_attention(
         tokens: [B|1, H|1, C], how many tokens each group stands for; its logit gains their logarithm, so that a group
             of equal tokens weighs what its tokens would.
         allowed: bool [B|1, H|1, R, C].
-        row: int64 [B|1, H|1, S], each query's row of `allowed`.
+        row: int64 [B|1, H|1, S], each query's row of `allowed`; its range is not checked: that would stall the device.
         scale: factor of the logits.
-        backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed. Triton rounds the
-            means to q's dtype.
+        backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed. Triton rounds mean
+            keys and values to q's dtype, the reference does not.
 
     Returns:
         out [B, S, H, D] in q's dtype and lse float32 [B, H, S]. A query with no allowed group of tokens has out 0 and
         lse -inf.
 
     Raises:
-        ValueError: shapes that do not fit; RuntimeError: the named back end cannot run this.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; RuntimeError: the named back end cannot run
+        this, or a gradient is needed.
 
     The centroid branch of SVG-EAR (arXiv 2603.08982); also RetroInfer's estimation zone (arXiv 2505.02922).
     """
-    b, s, h, d = q.shape
-    c, r = k.shape[2], allowed.shape[2]
-    for name, tensor, shape in (("k", k, (b, h, c, d)), ("v", v, (b, h, c, d))):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)} for q {list(q.shape)}")
-    for name, tensor, last in (("tokens", tokens, (c,)), ("allowed", allowed, (r, c)), ("row", row, (s,))):
-        if tensor.shape[0] not in (1, b) or tensor.shape[1] not in (1, h) or tuple(tensor.shape[2:]) != last:
-            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{b}|1, {h}|1, {str(list(last))[1:-1]}]")
-    if _uses_triton(q, c, backend):
+    if torch.compiler.is_compiling():
+        return pooled_op(q, k, v, tokens, allowed, row, scale, backend)
+    _check(q, k, v, tokens, allowed, row)
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
+    wanted = backend or ("triton" if wants_triton(q) else "reference")
+    reasons = unsupported_reasons(wanted, q)
+    if backend is not None and reasons:
+        raise RuntimeError(f"backend {backend!r} cannot attend with q {list(q.shape)}: {'; '.join(reasons)}")
+    if wanted == "triton" and not reasons and q.numel() and k.shape[2]:
         from .triton import attend
     else:
         from .reference import attend
     return attend(q, k, v, tokens, allowed, row, scale)
 
 
-def _uses_triton(q: Tensor, groups: int, backend: Backend | None) -> bool:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(q) else "reference")
-    if wanted == "reference":
-        return False
-    reasons = _unsupported_reasons(q)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot attend q {list(q.shape)}: {'; '.join(reasons)}")
-    return not reasons and min(q.numel(), groups) > 0
-
-
-def _unsupported_reasons(q: Tensor) -> list[str]:
+def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
+    """Why a back end cannot take such queries; an empty list when it can."""
+    if backend == "reference":
+        return []
     try:
         from .triton import runs_on
     except ImportError as error:
@@ -83,3 +78,28 @@ def _unsupported_reasons(q: Tensor) -> list[str]:
     if not 16 <= q.shape[3] <= 256:
         reasons.append(f"head dim {q.shape[3]} is not within 16..256")
     return reasons
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or allowed.dim() != 4:
+        raise ValueError(
+            f"q is {list(q.shape)}, k {list(k.shape)}, allowed {list(allowed.shape)}; expected four axes of each"
+        )
+    b, s, h, d = q.shape
+    c, r = k.shape[2], allowed.shape[2]
+    for name, tensor, shape in (("k", k, (b, h, c, d)), ("v", v, (b, h, c, d))):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)} for q {list(q.shape)}")
+    for name, tensor, last in (("tokens", tokens, (c,)), ("allowed", allowed, (r, c)), ("row", row, (s,))):
+        if tensor.shape[0] not in (1, b) or tensor.shape[1] not in (1, h) or tuple(tensor.shape[2:]) != last:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{b}|1, {h}|1, {str(list(last))[1:-1]}]")
+    if allowed.dtype != torch.bool or row.dtype != torch.int64:
+        raise TypeError(f"allowed is {allowed.dtype}, row {row.dtype}; expected torch.bool and torch.int64")
+    for name, tensor in (("k", k), ("v", v), ("tokens", tokens), ("allowed", allowed), ("row", row)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} lies on {tensor.device}, q on {q.device}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(
+            f"q {list(q.shape)}: a gradient is asked for, but this operation has no backward pass; "
+            "call it under torch.no_grad() or detach its inputs"
+        )

@@ -297,6 +297,16 @@ def test_a_table_for_another_triton_is_said_and_replaced(cli: Callable[..., Resu
     assert [entry.kind for entry in table.tiles] == ["holes"]
 
 
+def test_calls_that_the_hopper_kernel_takes_are_left_out(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_cases, "_for_hopper", lambda problem: problem.splits)
+    first, second = tune_job.CASES
+    data = json.loads(cli("--json").stdout)
+    assert [row["case"] for row in data["cases"]] == [first.name]
+    assert "all of these calls run on the Hopper kernel" in error_of(cli("--case", second.name))
+
+
 def test_what_cannot_be_tuned_is_refused(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Did you mean 'plain-d64-32x32'?" in error_of(cli("--case", "plain-d64-32x23"))
     monkeypatch.undo()

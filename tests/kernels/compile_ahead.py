@@ -38,7 +38,7 @@ from dit_accel.kernels.budget import triton as budgeting
 from dit_accel.kernels.descent import triton as searching
 from dit_accel.kernels.kmeans import triton as clustering
 from dit_accel.kernels.merge import triton as merging
-from dit_accel.kernels.pooled import triton as standing
+from dit_accel.kernels.pooled import triton as pooling
 from dit_accel.kernels.qk_norm_rope import Norm, Part
 from dit_accel.kernels.qk_norm_rope import triton as turning
 from dit_accel.kernels.row_shares import triton as sharing
@@ -194,14 +194,6 @@ def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKern
     return compile_launch(kernel, capability, args, constants)
 
 
-def compile_pooled(capability: int) -> triton.compiler.CompiledKernel:
-    q, means, tokens = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128), torch.zeros(1, 16, 100)
-    allowed, row = torch.zeros(1, 16, 30, 100, dtype=torch.bool), torch.zeros(1, 16, 1024, dtype=torch.int64)
-    made = (torch.empty_like(q), torch.zeros(1, 16, 1024))
-    _, args, constants = standing.launch(q, means, means, tokens, allowed, row, 0.1, made)
-    return compile_launch(standing._pooled_kernel, capability, args, constants)
-
-
 def compile_unit_error(capability: int) -> triton.compiler.CompiledKernel:
     """Clusters, which each head has its own."""
     q, k, means = torch.zeros(1, 16, 300, 128), torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128)
@@ -228,6 +220,16 @@ def compile_assign(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     x, centroids = torch.zeros(1, 16, 1000, dim, dtype=dtype), torch.zeros(1, 16, 100, dim)
     _, args, constants = clustering.launch(x, centroids, torch.zeros(1, 16, 1000, dtype=torch.int32))
     return compile_launch(clustering._assign_kernel, capability, args, constants)
+
+
+def compile_pooled(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
+    """Queries of 300 clusters against 1000, each head its own, as SVG-EAR has them."""
+    q, means = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1, 16, 1000, dim)
+    tokens, allowed = torch.ones(1, 16, 1000, dtype=torch.int64), torch.zeros(1, 16, 300, 1000, dtype=torch.bool)
+    row, lse = torch.zeros(1, 16, 1024, dtype=torch.int64), torch.zeros(1, 16, 1024)
+    tile = pooling.choose(divmod(capability, 10), triton.next_power_of_2(dim), q.element_size())
+    _, args, constants = pooling.launch(q, means, means, tokens, allowed, row, 0.1, q, lse, tile)
+    return compile_launch(pooling._pooled_kernel, capability, args, constants)
 
 
 def compile_lists(capability: int, bits: bool) -> triton.compiler.CompiledKernel:
@@ -282,7 +284,6 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
-    "pooled": compile_pooled,
     "unit-error": compile_unit_error,
     "descent-largest": lambda capability: compile_descent(capability, 0),
     "descent-search": lambda capability: compile_descent(capability, 1),
@@ -304,6 +305,10 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "norm-rope-rounds-first": lambda capability: compile_norm_rope(capability, 24, Norm(rounds_first=True)),
     "norm-rope-across": lambda capability: compile_norm_rope(capability, 40, Norm(across_heads=True)),
     "norm-rope-layer": lambda capability: compile_norm_rope(capability, 48, Norm("layer")),
+    "pooled-64": lambda capability: compile_pooled(capability, 64, BF16),
+    "pooled-128": lambda capability: compile_pooled(capability, 128, BF16),
+    "pooled-256": lambda capability: compile_pooled(capability, 256, BF16),
+    "pooled-128-fp32": lambda capability: compile_pooled(capability, 128, FP32),
     "assign-64": lambda capability: compile_assign(capability, 64, BF16),
     "assign-128": lambda capability: compile_assign(capability, 128, BF16),
     "assign-256": lambda capability: compile_assign(capability, 256, BF16),

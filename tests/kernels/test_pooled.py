@@ -1,8 +1,9 @@
-"""Pooled attention: one table for both back ends."""
+"""Attention to pooled keys: one table for both back ends."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,80 +11,129 @@ from attention_gold import within_budget
 
 from dit_accel.kernels.pooled import pooled_attention
 
+BF16, HALF, FP32 = torch.bfloat16, torch.float16, torch.float32
 on_both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
-def call(seed, *, batch=1, heads=2, length=37, groups=9, rows=4, dim=24, shared=False, dtype=torch.float32):
-    """Random means, some groups without tokens, some queries that may see none."""
+def call(seed, *, batch=1, heads=2, length=45, dim=24, groups=11, rows=5, dtype=FP32, own=(1, 1), empty=False):
+    """Random groups, of which each row may see about half; with `empty`, groups without tokens and a row with none."""
     rng = torch.Generator().manual_seed(seed)
-    lead = (1, 1) if shared else (batch, heads)
-    tokens = torch.randint(0, 5, (*lead, groups), generator=rng)
-    tokens[..., 0] = 3
-    allowed = torch.rand(*lead, rows, groups, generator=rng) < 0.6
-    allowed[:, :, 0], allowed[:, :, 1:, 0] = False, True
-    k, v = (torch.randn(batch, heads, groups, dim, generator=rng).to(dtype).float() for _ in range(2))
+    tokens = torch.randint(1, 200, (*own, groups), generator=rng)
+    allowed = torch.rand(*own, rows, groups, generator=rng) < 0.5
+    if empty:
+        tokens[..., ::3] = 0
+        allowed[..., -1, :] = False
+    else:
+        allowed[..., 0] = True
     return {
-        "q": torch.randn(batch, heads, length, dim, generator=rng).to(dtype).transpose(1, 2), "k": k, "v": v,
-        "tokens": tokens, "allowed": allowed, "row": torch.randint(0, rows, (*lead, length), generator=rng),
+        "q": torch.randn(batch, length, heads, dim, generator=rng).to(dtype),
+        "k": torch.randn(batch, heads, groups, dim, generator=rng),
+        "v": torch.randn(batch, heads, groups, dim, generator=rng),
+        "tokens": tokens,
+        "allowed": allowed,
+        "row": torch.randint(rows, (*own, length), generator=rng),
         "scale": 0.3,
-    }  # fmt: skip
+    }
 
 
 def slowly(given, dtype):
-    """The definition with a map of all pairs, every step in `dtype`; no group seen: out 0 and lse -inf."""
+    """Every token of a group as a key of its own, with the group's means, every step in `dtype`."""
     q, k, v = (given[name].to(dtype) for name in ("q", "k", "v"))
     b, s, h, _ = q.shape
-    row = given["row"].expand(b, h, s)[..., None].expand(-1, -1, -1, k.shape[2])
-    seen = given["allowed"].expand(b, h, -1, -1).gather(2, row)
-    weigh = given["tokens"].expand(b, h, -1).to(dtype).log()[:, :, None]
-    logits = (torch.einsum("bshd,bhcd->bhsc", q, k) * given["scale"] + weigh).masked_fill(~seen, -math.inf)
-    lse = logits.logsumexp(-1)
-    weights = logits.softmax(-1).nan_to_num(0)
-    return torch.einsum("bhsc,bhcd->bshd", weights, v), lse
+    out, lse = torch.zeros(q.shape, dtype=dtype), torch.full((b, h, s), -math.inf, dtype=dtype)
+    every = {name: given[name].expand(b, h, *given[name].shape[2:]) for name in ("tokens", "allowed", "row")}
+    for i in range(b):
+        for j in range(h):
+            owner = torch.arange(k.shape[2]).repeat_interleave(every["tokens"][i, j])
+            logits = q[i, :, j] @ k[i, j, owner].mT * given["scale"]
+            seen = every["allowed"][i, j][every["row"][i, j]][:, owner]
+            logits = logits.masked_fill(~seen, -math.inf)
+            lse[i, j] = logits.logsumexp(-1)
+            out[i, :, j] = logits.softmax(-1).masked_fill(~seen, 0) @ v[i, j, owner]
+    return out, lse
 
 
-def moved(given, device):
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+def check(given, backend, device):
+    """The kernel rounds mean keys and values as it does queries; the reference need not."""
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    out, lse = pooled_attention(**moved, backend=backend)
+    assert (out.shape, out.dtype, lse.dtype) == (given["q"].shape, given["q"].dtype, FP32)
+    (gold, gold_lse), (eager, eager_lse) = (slowly(given, dtype) for dtype in (torch.float64, given["q"].dtype))
+    none = gold_lse == -math.inf
+    assert torch.equal(lse.cpu() == -math.inf, none)
+    assert not out.cpu().transpose(1, 2)[none].any()
+    within_budget("out", out, gold, eager)
+    within_budget("lse", *(x.cpu().masked_fill(none, 0) for x in (lse, gold_lse, eager_lse)))
 
 
 CASES = {
     "plain": {},
-    "several tiles": {"length": 70, "groups": 70, "heads": 1},
-    "rows that all share": {"shared": True, "batch": 2},
-    "bf16": {"dtype": torch.bfloat16, "dim": 40},
-    "fp16, batch": {"dtype": torch.float16, "batch": 2, "heads": 1},
-    "one query, one group": {"length": 1, "groups": 1},
+    "one query, one group": {"length": 1, "groups": 1, "rows": 1},
+    "several tiles": {"length": 150, "groups": 130, "dtype": BF16, "dim": 64},
+    "whole tiles": {"length": 128, "groups": 64, "dtype": HALF, "dim": 128, "heads": 1},
+    "of each head and sample": {"batch": 2, "own": (2, 2)},
+    "of each head": {"batch": 2, "own": (1, 2), "dtype": BF16},
+    "nobody and nothing": {"empty": True},
+    "nobody and nothing in half": {"empty": True, "dtype": HALF, "groups": 70},
+    "wide": {"dim": 256, "heads": 1, "dtype": BF16},
+    "odd": {"dim": 72, "dtype": BF16},
 }
 
 
 @on_both
 @pytest.mark.parametrize("case", CASES)
-def test_matches_the_definition(case, backend, device):
-    given = call(sorted(CASES).index(case), **CASES[case])
-    made = pooled_attention(**moved(given, device), backend=backend)
-    assert (made[0].dtype, made[1].dtype) == (given["q"].dtype, torch.float32)
-    for name, got, gold, eager in zip(
-        ("out", "lse"), made, slowly(given, torch.float64), slowly(given, given["q"].dtype), strict=True
-    ):
-        none = gold == -math.inf
-        assert torch.equal(got.cpu() == -math.inf, none)
-        within_budget(name, *(x.cpu().masked_fill(none, 0) for x in (got, gold, eager)))
+def test_every_token_of_a_group_counts(case, backend, device):
+    check(call(sorted(CASES).index(case), **CASES[case]), backend, device)
 
 
 @on_both
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_a_nan_stays_in_the_head_and_among_those_who_see_it(backend, device):
-    given = moved(call(9), device)
-    out, _ = pooled_attention(**given, backend=backend)
-    given["k"] = given["k"].clone()
-    given["k"][0, 1, 0] = math.nan
-    worse, _ = pooled_attention(**given, backend=backend)
-    sees = given["allowed"][0, 1, :, 0][given["row"][0, 1]]
-    assert worse[0, sees, 1].isnan().all()
-    assert torch.equal(worse[0, ~sees, 1], out[0, ~sees, 1])
-    assert torch.equal(worse[0, :, 0], out[0, :, 0])
+def test_random_sweep(backend, device):
+    rng = random.Random(7)
+    for seed in range(6):
+        made = {
+            "batch": rng.randint(1, 2), "heads": rng.randint(1, 3), "length": rng.randint(1, 140),
+            "dim": rng.choice((16, 40, 64, 128)), "groups": rng.randint(1, 90), "rows": rng.randint(1, 9),
+            "dtype": rng.choice((BF16, HALF, FP32)), "empty": rng.random() < 0.5,
+        }  # fmt: skip
+        print(f"seed {seed}: {made}")
+        check(call(seed, **made), backend, device)
 
 
-def test_an_unknown_back_end_is_refused():
-    with pytest.raises(ValueError, match="backend is 'cuda'"):
-        pooled_attention(**call(0), backend="cuda")
+@on_both
+def test_strided_queries_are_read_as_they_lie(backend, device):
+    given = call(3)
+    b, s, h, d = given["q"].shape
+    room = torch.full((b, h, s + 3, 2 * d), math.nan)
+    strided = room[:, :, 2 : s + 2, ::2].transpose(1, 2)
+    strided.copy_(given["q"])
+    check({**given, "q": strided}, backend, device)
+
+
+def test_both_back_ends_agree(device):
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call(5, length=99).items()}
+    for a, b in zip(*(pooled_attention(**given, backend=name) for name in ("reference", "triton")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"k": torch.zeros(1, 2, 9, 24)}, ValueError, r"v is \[1, 2, 11, 24\]; expected \[1, 2, 9, 24\]"),
+        ({"q": torch.zeros(45, 2, 24)}, ValueError, r"q is \[45, 2, 24\]"),
+        ({"row": torch.zeros(1, 1, 44, dtype=torch.int64)}, ValueError, r"row is \[1, 1, 44\]"),
+        ({"row": torch.zeros(1, 1, 45, dtype=torch.int32)}, TypeError, "row torch.int32"),
+        ({"allowed": torch.zeros(1, 1, 5, 11)}, TypeError, "allowed is torch.float32"),
+        ({"tokens": torch.ones(1, 1, 11, device="meta")}, ValueError, "tokens lies on meta"),
+        ({"q": torch.zeros(1, 45, 2, 24, requires_grad=True)}, RuntimeError, "a gradient is asked for"),
+        ({"backend": "cpu"}, ValueError, "known are 'triton', 'reference'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, said):
+    with pytest.raises(error, match=said):
+        pooled_attention(**{**call(0), **change})
+
+
+def test_a_named_back_end_that_cannot_run_is_refused():
+    with pytest.raises(RuntimeError, match="head dim 8 is not within"):
+        pooled_attention(**call(0, dim=8), backend="triton")
+    pooled_attention(**call(0, dim=8))
