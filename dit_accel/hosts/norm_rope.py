@@ -79,7 +79,7 @@ def fused(parts: Sequence[Projected], rotation: Rotation, rotary: Rotary) -> QKV
     where `qk_norm_rope` does, so the two differ by the order in which float32 sums are taken.
     """
     first = parts[0].q
-    if not wants_triton(first) or torch.is_autocast_enabled(first.device.type):
+    if not wants_triton(first) or (not first.is_meta and torch.is_autocast_enabled(first.device.type)):
         return None
     norm = _common(parts)
     if norm is None or unsupported_reasons("triton", first, norm):

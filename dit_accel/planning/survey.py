@@ -15,6 +15,7 @@ from ..config import Recipe, ResidualCorrect
 from ..engine import Engine
 from ..errors import UnsupportedError
 from ..hosts import Family, LayoutUnknownError
+from ..kernels.choice import prefer
 from ..layout import TokenLayout
 from ..sparsity.correct import MEASURES
 from ..sparsity.expected import budget_density, floor_note
@@ -124,7 +125,8 @@ def survey(given: torch.nn.Module, model: Any, family: Family, recipe: Recipe, a
         attachment.blocked.setdefault(name, why)
     attachment.attach()
     try:
-        ours = count(model, on_meta, attachment.sites)
+        with prefer("triton"):  # norms and rotations pass as they do on a GPU
+            ours = count(model, on_meta, attachment.sites)
     finally:
         attachment.detach()
     kept = _text_bytes(model, family, arguments)

@@ -80,7 +80,7 @@ def qk_norm_rope(
 
     RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467. Rotation: Su et al. 2021, arXiv 2104.09864.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (parts and parts[0].q.is_meta):  # traced, or only counted
         qs, ks = [part.q for part in parts], [part.k for part in parts]
         weights = [x for part in parts for x in (part.q_weight, part.k_weight, part.q_bias, part.k_bias)]
         how = (norm.kind, norm.eps, norm.across_heads, norm.rounds_first)

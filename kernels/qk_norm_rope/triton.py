@@ -24,7 +24,7 @@ ELEMENTS = 1024  # of a token's queries for each warp: 32 numbers a thread
 
 def runs_on(device: torch.device) -> list[str]:
     """Why the kernel cannot run on this device; an empty list when it can."""
-    if device.type == "cuda" or INTERPRETED.value:
+    if device.type in ("cuda", "meta") or INTERPRETED.value:  # on meta tensors nothing runs
         return []
     return [f"device {device} is not CUDA (set TRITON_INTERPRET=1 before Triton is imported to interpret)"]
 
