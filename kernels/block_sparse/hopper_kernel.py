@@ -60,19 +60,20 @@ def _steps_of(steps, in_tile, BLOCK_K: gl.constexpr):
 def _softmax(s, unit, step, total, top, INT8: gl.constexpr, HALVES: gl.constexpr):
     """One tile's weights, how much all before them shrinks, and the new sum and maximum of each row.
 
-    What is subtracted is folded into one fused step. With int8 that is ZERO times the unit, too: about 2**8, so that
-    logits are off by 2**-17 at most, a row's all alike.
+    What is subtracted is folded into one fused step. With int8 and one step a tile that is ZERO times the unit, too,
+    some 2**10: rounding it moves all logits of the row in this tile, so the maximum that is kept is moved alike.
     """
     if INT8:
         x = s.to(gl.float32, bitcast=True)
         if HALVES == 2:
-            x = x * step[None, :] - (ZERO * step)[None, :]
+            x = (x - ZERO) * step[None, :]
             new_top = gl.maximum(top, gl.max(x, 1) * gl.max(unit, 1))
             p = gl.exp2(x * unit - new_top[:, None])
         else:
             each = gl.max(unit, 1) * step
-            new_top = gl.maximum(top, (gl.max(x, 1) - ZERO) * each)
-            p = gl.exp2(x * each[:, None] - (new_top + ZERO * each)[:, None])
+            shift = gl.maximum(top, (gl.max(x, 1) - ZERO) * each) + ZERO * each
+            new_top = gl.fma(each, gl.full([ROWS], -ZERO, gl.float32, each.type.layout), shift)
+            p = gl.exp2(x * each[:, None] - shift[:, None])
     else:
         new_top = gl.maximum(top, gl.max(s, 1) * unit)
         p = gl.exp2(s * unit - new_top[:, None])

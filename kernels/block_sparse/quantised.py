@@ -69,10 +69,15 @@ def packed_heads(problem: Problem) -> int:
     return problem.q.shape[2] if by_query_head else problem.k.shape[2]
 
 
+def _step(largest: Tensor) -> Tensor:
+    """Of a grid that reaches the largest number; on CUDA torch divides by a plain number only roughly."""
+    return (largest / torch.full_like(largest, LEVELS)).clamp(min=LEAST_STEP)
+
+
 def _quantised_queries(q: Tensor) -> Tensor:
     finite = q.isfinite()
     known = q.masked_fill(~finite, 0.0)
-    step = (known.abs().amax(-1, keepdim=True) / LEVELS).clamp(min=LEAST_STEP)
+    step = _step(known.abs().amax(-1, keepdim=True))
     levels = torch.floor(known * (1 / step) + 0.5)
     return levels * step.masked_fill(~finite.all(-1, keepdim=True), math.nan)
 
@@ -93,7 +98,7 @@ def quantised_keys(problem: Problem, mean: Tensor) -> Tensor:
     rows = rows.unflatten(2, (blocks, problem.block_k))
     finite = rows.isfinite()
     rows = rows.masked_fill(~finite, 0.0)
-    step = (rows.abs().amax((-1, -2), keepdim=True) / LEVELS).clamp(min=LEAST_STEP)
+    step = _step(rows.abs().amax((-1, -2), keepdim=True))
     levels = torch.floor(rows * (1 / step) + 0.5)
     back = (levels * step.masked_fill(~finite.all(-1).all(-1)[..., None, None], math.nan)).flatten(2, 3)
     out = back.new_zeros(batch, heads, length + 1, dim)
