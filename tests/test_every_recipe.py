@@ -77,8 +77,9 @@ def test_video_without_guidance(name: str) -> None:
 def test_every_family(name: str, family: str, guidance: bool) -> None:
     pipe, call = tiny.FAMILIES[family]()
     call = call if family in ("qwen_image", "kontext") else guided(family, call, guidance)
+    steps = {"steps": 4} if family == "wan_two_experts" else {}  # two for each expert: some corrections measure first
     with dit_accel.accelerate(pipe, small(name)) as handle:
-        assert torch.isfinite(tiny.generate(pipe, call)).all()
+        assert torch.isfinite(tiny.generate(pipe, call, **steps)).all()
     report = handle.report()
     assert report.sparse_calls > 0
     assert abs(report.density / 0.3 - 1) <= 0.2 or report.notes, report
