@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel.eval.source import RESULTS, provenance
-from dit_accel.kernels.block_sparse import block_sparse_attention
+from dit_accel.kernels.block_sparse import block_sparse_attention, unsupported_reasons
 
 WORST_ERROR = 1e-2  # of bf16 operands; a wrong mask or a race is far above
 UNEVEN_MOST, UNEVEN_SIGMA = 4, 0.8  # the longest list in means, and the spread of their logarithms
@@ -54,7 +54,7 @@ CASES = [
 ]
 
 
-ORDERS = ("raster", "raster, in Triton", "raster, uneven", "tile", "tile, all full")
+ORDERS = ("raster", "raster, flash-attn-4", "raster, in Triton", "raster, uneven", "tile", "tile, all full")
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ def sparse_row(
     def run() -> tuple[Tensor, Tensor]:
         if order == "raster, in Triton":
             return in_triton(q, k, v, call)
+        if order == "raster, flash-attn-4":
+            return block_sparse_attention(q, k, v, backend="fa4", **{**call, "full_count": count})
         return block_sparse_attention(q, k, v, backend="triton", **call)
 
     error = sampled_error(q, k, v, call, run)
@@ -182,7 +184,16 @@ def sparse_row(
     pairs = computed_pairs(case, index, block, count)
     tflops = 4 * pairs * case.dim / ms / 1e9
     name = f"ours {block[0]}x{block[1]} {order}"
+    if order == "raster, flash-attn-4":
+        name = f"flash-attn-4 {block[0]}x{block[1]}"
     return Row(case.name, name, pairs / (case.heads * case.length**2), ms, tflops, tflops / dense, error)
+
+
+def has_flash_attn_4(case: Case, block: tuple[int, int]) -> bool:
+    """Whether flash-attn-4 is installed and takes such a call."""
+    device = torch.device("cuda")
+    missing = unsupported_reasons("fa4", device=device, dtype=torch.bfloat16, head_dim=case.dim)
+    return not missing and block == (128, 128) and case.length % 128 == 0
 
 
 def in_triton(q: Tensor, k: Tensor, v: Tensor, call: dict) -> tuple[Tensor, Tensor]:
@@ -212,7 +223,9 @@ def run_case(case: Case) -> list[Row]:
     orders = ["raster"] if case.grid is None else list(ORDERS)
     for block in case.blocks:
         for density, order in itertools.product(case.densities, orders):
-            if order == "raster" or density in (0.25, 0.10):
+            if order == "raster, flash-attn-4" and not has_flash_attn_4(case, block):
+                continue
+            if order.startswith("raster, flash") or order == "raster" or density in (0.25, 0.10):
                 rows.append(sparse_row(case, (q, k, v), block, density, order, rows[0].tflops))
                 show(rows[-1:])
     return rows

@@ -13,7 +13,7 @@ from dit_accel.kernels.choice import wants_triton
 from .op import traced
 from .problem import Precision, Predicate, Problem
 
-Backend = Literal["triton", "cpu", "flex", "reference"]
+Backend = Literal["triton", "cpu", "flex", "fa4", "reference"]
 __all__ = ["Backend", "Precision", "Predicate", "block_sparse_attention", "unsupported_reasons"]
 
 
@@ -67,7 +67,8 @@ def block_sparse_attention(
         precision: "int8" rounds queries and keys to int8, the keys of a block on one grid (see `quantised.py`); on
             CUDA for fp16 and bf16, elsewhere computed on the rounded numbers.
         backend: None takes the first that can run: "cpu" on a CPU; Triton on CUDA; "flex", which is torch's
-            FlexAttention, on what Triton's kernels do not run on; else the reference. A name is obeyed.
+            FlexAttention, on what Triton's kernels do not run on; else the reference. A name is obeyed; "fa4" is
+            flash-attn-4, where it is installed, for whole blocks of 128 x 128.
 
     Returns:
         out [B, Sq, H, D] in q's dtype, contiguous, and lse [B, H, Sq] in float32: the natural logarithm of
@@ -103,6 +104,8 @@ def _attended(problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
         from .cpu import attend
     elif backend == "flex":
         from .flex import attend
+    elif backend == "fa4":
+        from .fa4 import attend
     else:
         from .reference import attend
     if backend != "triton" and problem.precision == "int8":
@@ -142,6 +145,10 @@ def unsupported_reasons(
         from .flex import runs_on
 
         return runs_on(device, dtype)
+    if backend == "fa4":
+        from .fa4 import runs_on
+
+        return runs_on(device, dtype, head_dim)
     raise ValueError(f"backend is {backend!r}; known are {str(get_args(Backend))[1:-1]} and None (automatic)")
 
 
@@ -177,6 +184,10 @@ def _chosen_backend(problem: Problem, backend: Backend | None) -> Backend:
     tried: dict[Backend, list[str]] = {}
     for name in (backend,) if backend is not None else _in_turn(q, precision):
         reasons = unsupported_reasons(name, device=q.device, dtype=q.dtype, head_dim=q.shape[3], precision=precision)
+        if name == "fa4":
+            from .fa4 import misfits
+
+            reasons += misfits(problem)
         if not reasons:
             return name
         tried[name] = reasons
