@@ -21,6 +21,7 @@ from .quantised_pack import pack
 from .triton import _can_pack, _fit_tma, _list_strides, _outer_strides, _outputs, _pack
 
 RANKED_PAIRS = 10**10  # a millisecond of attention or more, where a tenth of the pairs are kept
+KEYS = (16, 32, 64, 128)  # of a block; a tile holds 128
 LINE = 128  # bytes of a row that the copy engine lays side by side
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 
@@ -39,7 +40,9 @@ def misfits(problem: Problem) -> list[str]:
         or not 32 < q.shape[3] <= 128,
         "the head dim's axis has a stride": q.stride(3) != 1,
         f"blocks of {problem.block_q} queries are not of 64 or 128": problem.block_q not in (64, 128),
-        f"blocks of {problem.block_k} keys are not of 64 or 128": problem.block_k not in (64, 128),
+        f"blocks of {problem.block_k} keys are not of {KEYS}": problem.block_k not in KEYS,
+        f"in int8 blocks of {problem.block_k} keys are not of 64 or 128": problem.precision == "int8"
+        and problem.block_k < 64,
         "there is a bias": problem.key_bias is not None,
         "there is a predicate": problem.predicate is not None,
         "it is not said which blocks are full": problem.splits and problem.full_count is None,

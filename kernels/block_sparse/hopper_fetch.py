@@ -11,18 +11,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-TILE_K = gl.constexpr(128)  # keys of a tile: one block of 128, or two of 64
+TILE_K = gl.constexpr(128)  # keys of a tile: one block of 128, or as many smaller ones as fit
 # names that Triton has changed since 3.6
 meet = getattr(gl, "barrier", None) or gl.thread_barrier
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def list_of(tile, lists, HALVES: gl.constexpr, SPLIT: gl.constexpr, RANKED: gl.constexpr):
+def list_of(tile, lists, PARTS: gl.constexpr, SPLIT: gl.constexpr, RANKED: gl.constexpr):
     """Place of a query tile, its list, the list's length, and how many key tiles need a mask and how many there are.
 
-    A list is walked from its end, where the partial blocks are. With two blocks a tile an odd list's last block fills
-    both halves of the first tile, and the mask hides the first half.
+    A list is walked from its end, where the partial blocks are. With several blocks a tile the list's last block also
+    fills the parts of the first tile that are left over, and the mask hides them.
     """
     (
         q_tiles, heads, index_ptr, count_ptr, full_ptr, index_stride_b, index_stride_h, index_stride_q,
@@ -38,18 +38,24 @@ def list_of(tile, lists, HALVES: gl.constexpr, SPLIT: gl.constexpr, RANKED: gl.c
     index_ptr += b64 * index_stride_b + h64 * index_stride_h + row.to(gl.int64) * index_stride_q
     n = gl.load(count_ptr + b64 * count_stride_b + h64 * count_stride_h + row * count_stride_q)
     n = gl.minimum(n, list_width)
-    masked = n % HALVES
+    masked = left_over(n, PARTS)
     if SPLIT:
         n_full = gl.load(full_ptr + b64 * full_stride_b + h64 * full_stride_h + row * full_stride_q)
         masked += n - gl.minimum(n_full, n)
-    return row, h, b, index_ptr, n, (masked + HALVES - 1) // HALVES, (n + HALVES - 1) // HALVES
+    return row, h, b, index_ptr, n, (masked + PARTS - 1) // PARTS, (n + PARTS - 1) // PARTS
 
 
 @gluon.jit
-def first_slot(index_ptr, n, tile, half, BLOCK_K: gl.constexpr):
-    """Where the key block begins that fills one half of a tile."""
-    HALVES: gl.constexpr = TILE_K // BLOCK_K
-    behind = tile * HALVES + half - n % HALVES
+def left_over(n, PARTS: gl.constexpr):
+    """How many parts of the first tile hold no block of a list of n."""
+    return (PARTS - n % PARTS) % PARTS
+
+
+@gluon.jit
+def first_slot(index_ptr, n, tile, part, BLOCK_K: gl.constexpr):
+    """Where the key block begins that fills one part of a tile."""
+    PARTS: gl.constexpr = TILE_K // BLOCK_K
+    behind = tile * PARTS + part - left_over(n, PARTS)
     return gl.load(index_ptr + (n - 1 - gl.maximum(behind, 0))) * BLOCK_K
 
 
@@ -61,30 +67,31 @@ def fetch(
     BLOCK_K: gl.constexpr, SPLIT: gl.constexpr, RANKED: gl.constexpr, INT8: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that takes query tiles, as fast as they get done, and keeps the ring of key and value tiles full."""
-    HALVES: gl.constexpr = TILE_K // BLOCK_K
+    PARTS: gl.constexpr = TILE_K // BLOCK_K
     ALONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     k_full, v_full, k_free, v_free, tile_full, tile_free = ring
     done, turn = 0, 0
     tile = gl.program_id(0)
     while tile < tiles:
         tell(tile, told, tile_full, tile_free, turn, ALONE)
-        _, h, b, index, n, _, n_tiles = list_of(tile, lists, HALVES, SPLIT, RANKED)
+        _, h, b, index, n, _, n_tiles = list_of(tile, lists, PARTS, SPLIT, RANKED)
         k_head, v_head = h // heads_per_key_head, h // heads_per_value_head
         steps_at = step_ptr + (b * (heads // heads_per_key_head) + k_head).to(gl.int64) * k_blocks
         for i in range(n_tiles):
-            first = first_slot(index, n, i, 0, BLOCK_K)
-            second = first_slot(index, n, i, HALVES - 1, BLOCK_K)
+            firsts = ()
+            for part in gl.static_range(PARTS):
+                firsts += (first_slot(index, n, i, part, BLOCK_K),)
             stage, phase = done % STAGES, (done // STAGES) & 1
             if INT8:
                 which = gl.arange(0, 2, ALONE)
-                step = gl.load(steps_at + gl.where(which == 0, first, second) // BLOCK_K)
+                step = gl.load(steps_at + gl.where(which == 0, firsts[0], firsts[PARTS - 1]) // BLOCK_K)
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             if INT8:
                 steps.index(stage).store(step)
                 meet()
-            _fill(k_desc, k_parts, k_full.index(stage), stage, b, k_head, first, second, HALVES, STAGES)
+            _fill(k_desc, k_parts, k_full.index(stage), stage, b, k_head, firsts, PARTS, STAGES)
             mbarrier.wait(v_free.index(stage), phase ^ 1)
-            _fill(v_desc, v_parts, v_full.index(stage), stage, b, v_head, first, second, HALVES, STAGES)
+            _fill(v_desc, v_parts, v_full.index(stage), stage, b, v_head, firsts, PARTS, STAGES)
             done += 1
         tile = gl.num_programs(0) + gl.atomic_add(next_ptr, 1)
         turn += 1
@@ -92,16 +99,15 @@ def fetch(
 
 
 @gluon.jit
-def _fill(desc, parts, barrier, stage, b, h, first, second, HALVES: gl.constexpr, STAGES: gl.constexpr):
-    """Fetch one tile: of each half, chunk by chunk of its columns."""
-    CHUNKS: gl.constexpr = parts.shape[0] // (STAGES * HALVES)
+def _fill(desc, parts, barrier, stage, b, h, firsts, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    """Fetch one tile: of each part, chunk by chunk of its columns."""
+    CHUNKS: gl.constexpr = parts.shape[0] // (STAGES * PARTS)
     COLUMNS: gl.constexpr = desc.block_type.shape[3]
-    mbarrier.expect(barrier, desc.block_type.nbytes * CHUNKS * HALVES)
+    mbarrier.expect(barrier, desc.block_type.nbytes * CHUNKS * PARTS)
     for c in gl.static_range(CHUNKS):
-        at = (stage * CHUNKS + c) * HALVES
-        _copy(desc, [b, h, first, c * COLUMNS], barrier, parts.index(at))
-        if HALVES == 2:
-            _copy(desc, [b, h, second, c * COLUMNS], barrier, parts.index(at + 1))
+        at = (stage * CHUNKS + c) * PARTS
+        for part in gl.static_range(PARTS):
+            _copy(desc, [b, h, firsts[part], c * COLUMNS], barrier, parts.index(at + part))
 
 
 @gluon.jit

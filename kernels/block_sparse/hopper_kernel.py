@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_fetch import TILE_K, fetch, first_slot, heard, list_of, meet, release
+from .hopper_fetch import TILE_K, fetch, first_slot, heard, left_over, list_of, meet, release
 from .quantised import LEAST_STEP, LEVELS
 
 ROWS = gl.constexpr(64)  # queries of a group of four warps
@@ -57,7 +57,7 @@ def _steps_of(steps, in_tile, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, unit, step, total, top, INT8: gl.constexpr, HALVES: gl.constexpr):
+def _softmax(s, unit, step, total, top, INT8: gl.constexpr, PARTS: gl.constexpr):
     """One tile's weights, how much all before them shrinks, and the new sum and maximum of each row.
 
     What is subtracted is folded into one fused step. With int8 and one step a tile that is ZERO times the unit, too,
@@ -65,7 +65,7 @@ def _softmax(s, unit, step, total, top, INT8: gl.constexpr, HALVES: gl.constexpr
     """
     if INT8:
         x = s.to(gl.float32, bitcast=True)
-        if HALVES == 2:
+        if PARTS == 2:
             x = (x - ZERO) * step[None, :]
             new_top = gl.maximum(top, gl.max(x, 1) * gl.max(unit, 1))
             p = gl.exp2(x * unit - new_top[:, None])
@@ -90,11 +90,12 @@ def _attend(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps that attend 64 queries of each tile: p_j = exp2(s_j - m), out = sum_j p_j v_j / sum_j p_j."""
-    HALVES: gl.constexpr = TILE_K // BLOCK_K
+    PARTS: gl.constexpr = TILE_K // BLOCK_K
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if INT8 else 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    S_COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D_PAD, D_PAD // 8], [4, 1], [1, 0])
     FLAT_ROW: gl.constexpr = gl.SliceLayout(1, FLAT)
@@ -103,11 +104,12 @@ def _attend(
     q_stride_b, q_stride_s, q_stride_h, q_order_stride_b, q_order_stride_h, k_order_stride_b, k_order_stride_h = strides
     q_tile = q_rooms.index(GROUP)
     d = gl.arange(0, D_PAD, gl.SliceLayout(0, FLAT))
-    in_tile = gl.arange(0, TILE_K, gl.SliceLayout(0, S_LAYOUT))
+    in_tile = gl.arange(0, TILE_K, S_COLUMN)
+    one_each = gl.arange(0, TILE_K, gl.BlockedLayout([1], [32], [4], [0]))
     done, turn = 0, 0
     tile = heard(told, tile_full, tile_free, turn)
     while tile < tiles:
-        row, h, b, index, n, n_masked, n_tiles = list_of(tile, lists, HALVES, SPLIT, RANKED)
+        row, h, b, index, n, n_masked, n_tiles = list_of(tile, lists, PARTS, SPLIT, RANKED)
         b64, h64 = b.to(gl.int64), h.to(gl.int64)
         q_tok = row * BLOCK_Q + GROUP * ROWS + gl.arange(0, ROWS, FLAT_ROW)
         if Q_ORDER:
@@ -133,26 +135,22 @@ def _attend(
         total = gl.zeros([ROWS], gl.float32, S_ROW)
         acc = gl.zeros([ROWS, D_PAD], gl.float32, O_LAYOUT)
 
-        step = gl.full([TILE_K], 1.0, gl.float32, gl.SliceLayout(0, S_LAYOUT)) if INT8 and HALVES == 2 else 1.0
+        step = gl.full([TILE_K], 1.0, gl.float32, S_COLUMN) if INT8 and PARTS == 2 else 1.0
         # tiles with holes, one after the other
         for i in range(n_masked):
-            slots = first_slot(index, n, i, 0, BLOCK_K) + in_tile
-            real = in_tile >= 0
-            if HALVES == 2:
-                second = first_slot(index, n, i, 1, BLOCK_K) + in_tile - BLOCK_K
-                slots = gl.where(in_tile < BLOCK_K, slots, second)
-                real = (in_tile >= BLOCK_K) | (i > 0) | (n % 2 == 0)
+            slots, real = _slots_of(index, n, i, one_each, BLOCK_K)
             if K_ORDER:
                 real &= gl.load(k_order_ptr + b64 * k_order_stride_b + h64 * k_order_stride_h + slots) >= 0
             else:
                 real &= slots < k_len
+            real = gl.convert_layout(real, S_COLUMN)
             stage, phase = done % STAGES, (done // STAGES) & 1
             mbarrier.wait(k_full.index(stage), phase)
             s = _start_logits(q_tile, k_tiles.index(stage), S_LAYOUT)
             s = warpgroup_mma_wait(0, deps=(s,))
             if INT8:
                 step = _steps_of(steps.index(stage), in_tile, BLOCK_K)
-                s = (s.to(gl.float32, bitcast=True) - ZERO) * (step[None, :] if HALVES == 2 else step)
+                s = (s.to(gl.float32, bitcast=True) - ZERO) * (step[None, :] if PARTS == 2 else step)
             release(k_free.index(stage))
             s = gl.where(real[None, :], s * unit, float("-inf"))
             new_top = gl.maximum(top, gl.max(s, 1))
@@ -181,7 +179,7 @@ def _attend(
             release(k_free.index(stage))
             if RAGGED:
                 s = _cut(s, index, n, n_masked, k_len, in_tile, BLOCK_K)
-            p, decay, total, top = _softmax(s, unit, step, total, top, INT8, HALVES)
+            p, decay, total, top = _softmax(s, unit, step, total, top, INT8, PARTS)
             acc = acc * gl.convert_layout(decay, O_ROW)[:, None]
             weights = gl.convert_layout(p.to(dtype), P_LAYOUT)
             for i in range(n_masked + 1, n_tiles):
@@ -196,7 +194,7 @@ def _attend(
                 release(k_free.index(next_stage))
                 if RAGGED:
                     s = _cut(s, index, n, i, k_len, in_tile, BLOCK_K)
-                p, decay, total, top = _softmax(s, unit, step, total, top, INT8, HALVES)
+                p, decay, total, top = _softmax(s, unit, step, total, top, INT8, PARTS)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 release(v_free.index(stage))
                 acc = acc * gl.convert_layout(decay, O_ROW)[:, None]
@@ -234,12 +232,23 @@ def _rounded(q, mean, D_PAD: gl.constexpr):
 
 
 @gluon.jit
+def _slots_of(index, n, tile, in_tile, BLOCK_K: gl.constexpr):
+    """The slot of each key of a tile, and whether it is one of the list's."""
+    PARTS: gl.constexpr = TILE_K // BLOCK_K
+    behind = tile * PARTS + in_tile // BLOCK_K - left_over(n, PARTS)
+    return gl.load(index + (n - 1 - gl.maximum(behind, 0))) * BLOCK_K + in_tile % BLOCK_K, behind >= 0
+
+
+@gluon.jit
 def _cut(s, index, n, tile, k_len, in_tile, BLOCK_K: gl.constexpr):
     """Logits of a tile with -inf behind the last key."""
-    slots = first_slot(index, n, tile, 0, BLOCK_K) + in_tile
-    if BLOCK_K < TILE_K:
-        second = first_slot(index, n, tile, 1, BLOCK_K) + in_tile - BLOCK_K
-        slots = gl.where(in_tile < BLOCK_K, slots, second)
+    if BLOCK_K == TILE_K:
+        slots = first_slot(index, n, tile, 0, BLOCK_K) + in_tile
+    elif BLOCK_K * 2 == TILE_K:
+        slots = first_slot(index, n, tile, 0, BLOCK_K) + in_tile
+        slots = gl.where(in_tile < BLOCK_K, slots, first_slot(index, n, tile, 1, BLOCK_K) + in_tile - BLOCK_K)
+    else:
+        slots = _slots_of(index, n, tile, in_tile, BLOCK_K)[0]
     least = MINUS_INF_BITS if s.dtype == gl.int32 else float("-inf")
     return gl.where((slots < k_len)[None, :], s, least)
 

@@ -66,6 +66,10 @@ VARIANTS = {
     "bf16-128-orders-full": (128, BF16, 128, 128, "orders full", 1024),
     "bf16-128-predicate": (128, BF16, 128, 64, "predicate", 1024),
     "bf16-128-everything": (128, BF16, 128, 128, "orders bias predicate", 1024),
+    "bf16-128-clusters": (128, BF16, 64, 16, "orders", 1024),
+    "bf16-128-clusters-wide": (128, BF16, 128, 16, "orders full", 1024),
+    "bf16-64-clusters": (64, BF16, 64, 32, "orders", 1024),
+    "bf16-64-16-ragged": (64, BF16, 128, 16, "", 1000),
     "bf16-256-orders": (256, BF16, 128, 128, "orders", 1024),
     "fp32-64": (64, FP32, 64, 64, "", 1024),
     "fp32-128": (128, FP32, 128, 128, "", 1024),
@@ -318,7 +322,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
 HOPPER: dict[str, Callable[[], triton.compiler.CompiledKernel]] = {
     **{f"hopper-{name}": lambda name=name: compile_hopper(name) for name in (
         "bf16-128", "bf16-128-narrow", "bf16-128-small", "bf16-64-small", "bf16-64-ragged", "bf16-128-orders",
-        "bf16-128-orders-full",
+        "bf16-128-orders-full", "bf16-128-clusters", "bf16-128-clusters-wide", "bf16-64-clusters", "bf16-64-16-ragged",
     )},
     **{f"hopper-int8-{name}": lambda name=name: compile_hopper(f"bf16-{name}", "int8") for name in (
         "128", "128-narrow", "64-ragged", "128-orders",

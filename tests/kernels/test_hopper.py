@@ -52,7 +52,7 @@ def test_what_it_lacks_is_named(case, lack):
     assert (found == []) if lack is None else any(lack in reason for reason in found)
 
 
-def case_of(seed):
+def case_of(seed, key_blocks=(16, 32, 64, 128)):
     draw = random.Random(seed)
     case = {
         "seed": seed,
@@ -62,7 +62,7 @@ def case_of(seed):
         "k_len": draw.randint(1, 700),
         "dim": draw.choice([40, 64, 72, 96, 128]),
         "block_q": draw.choice([64, 128]),
-        "block_k": draw.choice([64, 128]),
+        "block_k": draw.choice(key_blocks),
         "density": draw.random() * 1.2,
         "orders": draw.random() < 0.6,
         "full": True,
@@ -78,7 +78,7 @@ def case_of(seed):
 
 
 @on_hopper
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(100))
 def test_random_calls(seed):
     case = case_of(seed)
     print(case)
@@ -91,7 +91,7 @@ def test_random_calls(seed):
 @on_hopper
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_random_calls_in_int8(seed):
-    case = case_of(seed)
+    case = case_of(seed, (64, 128))
     print(case)
     call = make_call(**case, device="cuda")
     problem = problem_of(call, "int8")
@@ -100,7 +100,7 @@ def test_random_calls_in_int8(seed):
 
 
 @on_hopper
-@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("block_k", [16, 32, 64, 128])
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_repeats_are_equal_bit_for_bit(block_q, block_k):
     """Many programs and lists of very different length, so that warps meet in every order."""
