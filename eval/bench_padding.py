@@ -90,8 +90,8 @@ def drawn(spread: float, rng: torch.Generator, counts: Sequence[int] = CLUSTERS)
 
 def plan_of(found: Clusters, block_q: int, block_k: int) -> Plan:
     """Return the plan that the engine makes of clusters, on tokens in any order."""
-    tokens, text = int(found.q[0].sum()), torch.empty(0, dtype=torch.int32)
-    order = torch.arange(tokens, dtype=torch.int32).expand(1, len(found.q), -1)
+    tokens, text = int(found.q[0].sum()), torch.empty(0, dtype=torch.int32, device=found.q.device)
+    order = torch.arange(tokens, dtype=torch.int32, device=found.q.device).expand(1, len(found.q), -1)
     sides = (from_sorted(order, n[None], block, text) for n, block in ((found.q, block_q), (found.k, block_k)))
     return from_units(found.mask[None], Cut(tokens, *sides))
 
