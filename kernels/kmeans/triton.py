@@ -19,6 +19,8 @@ from dit_accel.kernels.unit_means.triton import means, runs_on
 __all__ = ["assign", "lloyd", "runs_on"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+MOST_BITS = 12  # of a score that may hold a cluster's number
+FARTHEST = 3e38  # half the squared length of a centroid that is none
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ def choose(padded_dim: int, itemsize: int) -> Tile:
 @triton.jit
 def _assign_kernel(
     x_ptr, centroid_ptr, half_ptr, label_ptr, stride_b, stride_h, stride_n, stride_d,
-    tokens, clusters, heads, tiles,
+    tokens, clusters, rows, heads, tiles,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """argmax over c of x . c - |c|^2 / 2, the nearest centroid, for TOKENS tokens of one head."""
+    """argmax over c of x . c - |c|^2 / 2, the nearest centroid, for TOKENS tokens of one head.
+
+    With BITS a score's last bits are its cluster's number, so that one maximum keeps both.
+    """
     tile, row = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)  # a head's centroids stay in L2
     token = tile * TOKENS + tl.arange(0, TOKENS)
     d, column = tl.arange(0, D_PAD), tl.arange(0, CLUSTERS)
@@ -54,21 +59,29 @@ def _assign_kernel(
     x = tl.load(x_at, mask=(token < tokens)[:, None] & (d < D)[None, :], other=0.0)  # [TOKENS, D_PAD]
     if INTERPRETED:  # its matrix product takes bf16 for integers
         x = x.to(tl.float32)
-    centroid_ptr += row * clusters * D_PAD
-    half_ptr += row * clusters
+    centroid_ptr += row * rows * D_PAD
+    half_ptr += row * rows
     # one running maximum per column of the tile: the columns are compared once, at the end
     best = tl.full([TOKENS, CLUSTERS], float("-inf"), tl.float32)
     best_at = tl.zeros([TOKENS, CLUSTERS], tl.int32)
-    for first in tl.range(0, clusters, CLUSTERS, num_stages=STAGES):
+    for first in tl.range(0, rows, CLUSTERS, num_stages=STAGES):
         centroid = tl.load(centroid_ptr + (first + column)[:, None] * D_PAD + d[None, :])  # [CLUSTERS, D_PAD]
         if INTERPRETED:
             centroid = centroid.to(tl.float32)
         score = tl.dot(x, centroid.T, input_precision=PRECISION) - tl.load(half_ptr + first + column)[None, :]
-        better = score > best  # never for NaN, and of equal ones the first stays
-        best = tl.where(better, score, best)
-        best_at = tl.where(better, first, best_at)
+        if BITS:
+            coarse = score.to(tl.int32, bitcast=True) & (-1 << BITS)
+            best = tl.maximum(best, (coarse | (first + column)[None, :]).to(tl.float32, bitcast=True))
+        else:
+            better = score > best  # never for NaN, and of equal ones the first stays
+            best = tl.where(better, score, best)
+            best_at = tl.where(better, first, best_at)
     top = tl.max(best, 1)
-    label = tl.min(tl.where(best == top[:, None], best_at + column[None, :], clusters), 1)
+    if BITS:
+        label = top.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+    else:
+        label = tl.min(tl.where(best == top[:, None], best_at + column[None, :], rows), 1)
+    label = tl.where(label < clusters, label, 0)  # of a token that is not finite, or whose scores are not
     tl.store(label_ptr + row * tokens + token, label, mask=token < tokens)
 
 
@@ -85,7 +98,8 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
 def assign(x: Tensor, centroids: Tensor, tile: Tile | None = None, *, lengths: bool = True) -> Tensor:
     """Give each token its nearest centroid, int32 [B, H, N]; `tile` overrides the choice (for benchmarks).
 
-    The tokens are compared with the centroids rounded to their dtype, summed in fp32; of equal ones the first is taken.
+    The tokens are compared with the centroids rounded to their dtype, summed in fp32. In fp16 and bf16 scores that
+    agree to `MOST_BITS` bits of their 24 less may go either way, always the same; in fp32 the first of equal ones is taken.
     Without `lengths` the centroid of largest product with the token is taken instead of the nearest.
     """
     labels = torch.empty(x.shape[:3], dtype=torch.int32, device=x.device)
@@ -102,14 +116,15 @@ def launch(
     b, h, n, d = x.shape
     padded = power_of_two(d, 16)
     tile = tile or choose(padded, x.element_size())
-    # whole tiles of centroids, so that the loop loads without masks; one that is none is infinitely long
-    clusters = -(-centroids.shape[2] // tile.clusters) * tile.clusters
-    packed = torch.zeros(b, h, clusters, padded, dtype=x.dtype, device=x.device)
-    packed[:, :, : centroids.shape[2], :d] = centroids
+    # whole tiles of centroids, so that the loop loads without masks; one that is none is very long
+    clusters = centroids.shape[2]
+    rows = -(-clusters // tile.clusters) * tile.clusters
+    packed = torch.zeros(b, h, rows, padded, dtype=x.dtype, device=x.device)
+    packed[:, :, :clusters, :d] = centroids
     half = packed.float().square().sum(-1) / 2 * lengths
-    half[:, :, centroids.shape[2] :] = float("inf")
-    tiles = -(-n // tile.tokens)
-    args = (x, packed, half, labels, *x.stride(), n, clusters, h, tiles)
+    half[:, :, clusters:] = FARTHEST
+    tiles, bits = -(-n // tile.tokens), (rows - 1).bit_length()
+    args = (x, packed, half, labels, *x.stride(), n, clusters, rows, h, tiles)
     constants = {
         "D": d,
         "D_PAD": padded,
@@ -117,6 +132,7 @@ def launch(
         "CLUSTERS": tile.clusters,
         "STAGES": tile.stages,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "BITS": 0 if x.dtype == torch.float32 or bits > MOST_BITS else bits,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
