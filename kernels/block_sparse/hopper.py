@@ -28,28 +28,44 @@ ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: 
 
 def takes(problem: Problem) -> bool:
     """Whether a checked call on a GPU is for this kernel."""
-    return torch.cuda.get_device_capability(problem.q.device) == (9, 0) and not misfits(problem)
+    return torch.cuda.get_device_capability(problem.q.device) == (9, 0) and not any(_lacks(problem))
 
 
 def misfits(problem: Problem) -> list[str]:
     """What this kernel lacks for a checked call, whatever the GPU; an empty list when it lacks nothing."""
+    q = problem.q
+    reasons = (
+        f"dtype {q.dtype} is neither bf16 nor fp16",
+        f"head dim {q.shape[3]} is not a multiple of 8 within 40..128",
+        "the head dim's axis has a stride",
+        f"blocks of {problem.block_q} queries are not of 64 or 128",
+        f"blocks of {problem.block_k} keys are not of {KEYS}",
+        f"in int8 blocks of {problem.block_k} keys are not of 64 or 128",
+        "there is a bias",
+        "there is a predicate",
+        "it is not said which blocks are full",
+        "keys may not be packed",
+        "keys or values are not aligned",
+    )
+    return [reason for reason, holds in zip(reasons, _lacks(problem), strict=True) if holds]
+
+
+def _lacks(problem: Problem) -> tuple[bool, ...]:
+    """Which of the reasons of `misfits` hold; sentences are not made at every call."""
     q, packs = problem.q, problem.k_order is not None
-    found = {
-        f"dtype {q.dtype} is neither bf16 nor fp16": q.dtype not in (torch.bfloat16, torch.float16),
-        f"head dim {q.shape[3]} is not a multiple of 8 within 40..128": q.shape[3] % 8 > 0
-        or not 32 < q.shape[3] <= 128,
-        "the head dim's axis has a stride": q.stride(3) != 1,
-        f"blocks of {problem.block_q} queries are not of 64 or 128": problem.block_q not in (64, 128),
-        f"blocks of {problem.block_k} keys are not of {KEYS}": problem.block_k not in KEYS,
-        f"in int8 blocks of {problem.block_k} keys are not of 64 or 128": problem.precision == "int8"
-        and problem.block_k < 64,
-        "there is a bias": problem.key_bias is not None,
-        "there is a predicate": problem.predicate is not None,
-        "it is not said which blocks are full": problem.splits and problem.full_count is None,
-        "keys may not be packed": packs and not (problem.pack and _can_pack(problem)),
-        "keys or values are not aligned": not packs and not _fit_tma(problem.k, problem.v),
-    }
-    return [lack for lack, holds in found.items() if holds]
+    return (
+        q.dtype not in (torch.bfloat16, torch.float16),
+        q.shape[3] % 8 > 0 or not 32 < q.shape[3] <= 128,
+        q.stride(3) != 1,
+        problem.block_q not in (64, 128),
+        problem.block_k not in KEYS,
+        problem.precision == "int8" and problem.block_k < 64,
+        problem.key_bias is not None,
+        problem.predicate is not None,
+        problem.splits and problem.full_count is None,
+        packs and not (problem.pack and _can_pack(problem)),
+        not packs and not _fit_tma(problem.k, problem.v),
+    )
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,15 @@ HOPPER: dict[tuple[Kind, int, int, int], Tile] = {
     ("holes", 128, 64, 64): Tile(64, 64, 4, 3, tma=True, pack=True),
     ("holes", 128, 128, 64): Tile(128, 64, 4, 3, tma=True, pack=True),
     ("holes", 128, 128, 128): Tile(128, 128, 8, 2, tma=True, pack=True),
+    ("predicate", 64, 64, 64): Tile(64, 64, 4, 2, tma=True, pack=True),
     # four warps hold too many coordinates of a 128 x 64 tile and spill
     ("predicate", 64, 128, 64): Tile(128, 64, 8, 3, tma=True, pack=True),
-    ("predicate", 128, 128, 64): Tile(128, 64, 8, 3, tma=True, pack=True),
+    ("predicate", 128, 64, 64): Tile(64, 64, 4, 2, tma=True, pack=True),
+    ("predicate", 128, 128, 64): Tile(128, 64, 8, 2, tma=True, pack=True),
+    ("bias", 64, 64, 64): Tile(64, 64, 4, 2),
+    ("bias", 64, 128, 128): Tile(128, 128, 4, 2),
+    ("bias", 128, 64, 64): Tile(64, 64, 4, 2),
+    ("bias", 128, 128, 64): Tile(128, 32, 4, 2),
 }
 
 

@@ -34,14 +34,18 @@ def nearest(rows: Tensor) -> tuple[Tensor, float]:
     return (levels * step).double(), float(step) / 2
 
 
-def rounded(call: Call) -> Rounded:
+def key_mean(call: Call) -> Tensor:
+    """The mean of up to 1,024 evenly spaced keys, summed where the call lies: another order may turn a level."""
+    k = call["k"]
+    return k[:, :: -(-k.shape[1] // 1024)].float().mean(1).cpu()
+
+
+def rounded(call: Call, mean: Tensor) -> Rounded:
     """Round query by query and key block by key block."""
-    call = to_device(call, "cpu")
     q, k, block = call["q"], call["k"], call["block_k"]
     batch, q_len, heads, dim = q.shape
     k_len, group = k.shape[1], heads // k.shape[2]
     scale = call.get("scale") or dim**-0.5
-    mean = k[:, :: -(-k_len // 1024)].float().mean(1)
     order = call.get("k_order", identity(k_len, block)).expand(batch, heads, -1)
     bias = call.get("key_bias", torch.zeros(1, 1, k_len)).expand(batch, heads, -1)
     new_q = torch.zeros(q.shape, dtype=torch.float64)
@@ -69,11 +73,11 @@ def check_rounded(call: Call, out: Tensor, lse: Tensor) -> float:
 
     Returns the relative error against the unrounded answer.
     """
-    call = to_device(call, "cpu")
+    mean, call = key_mean(call), to_device(call, "cpu")
     assert out.dtype == call["q"].dtype
     assert lse.dtype == torch.float32
     out, lse = out.cpu(), lse.cpu()
-    new, mask, dtype = rounded(call), pair_mask(call), call["q"].dtype
+    new, mask, dtype = rounded(call, mean), pair_mask(call), call["q"].dtype
     values = call["v"].repeat_interleave(new.k.shape[2] // call["v"].shape[2], 2)
     same = {**call, "q": new.q, "k": new.k, "v": values}
     gold, gold_lse = dense(same, mask, torch.float64)
