@@ -102,9 +102,16 @@ def _text_slots(layout: TokenLayout, block: int, device: torch.device) -> torch.
 
 
 def by_clusters(
-    tiling: Tiling, order: KMeansOrder, q: torch.Tensor, k: torch.Tensor, warm: Centroids | None
+    tiling: Tiling,
+    order: KMeansOrder,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    warm: Centroids | None,
+    blocks: tuple[int, int],
 ) -> tuple[Cut, Centroids]:
     """Cluster the grid's queries and keys, each cluster a unit, and return where the next decision may start.
+
+    Clusters of queries and of keys are cut into `blocks` of so many tokens, whose last ones are padded.
 
     Sparse VideoGen 2, Yang et al. 2025, arXiv 2505.18875. There the first centroids are random tokens and both guidance
     branches of a batch of one share them; here they are evenly spaced tokens and belong to one branch and batch row.
@@ -121,8 +128,8 @@ def by_clusters(
         queries, keys = (kmeans(x, count, iterations, begin) for x, count, begin in both)
     cut = Cut(
         tiling.layout.length,
-        _cluster_side(tokens, queries, tiling.block_q, tiling.layout),
-        _cluster_side(tokens, keys, tiling.block_k, tiling.layout),
+        _cluster_side(tokens, queries, blocks[0], tiling.layout),
+        _cluster_side(tokens, keys, blocks[1], tiling.layout),
     )
     return cut, Centroids(queries[1], keys[1])
 

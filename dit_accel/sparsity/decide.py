@@ -34,6 +34,7 @@ from ..config import (
     WithinSelect,
 )
 from ..errors import PlanError
+from ..kernels.block_sparse import cluster_blocks
 from ..layout import TokenLayout
 from . import cached, content, error, frames, heads, lines, lowbit, selectors, shapes, tree
 from .adjacency import adjacent
@@ -143,7 +144,9 @@ def _cut(recipe: Recipe, tiles: Tiling, inputs: Inputs) -> tuple[Cut, Warm | Non
         return content.by_importance(tiles, recipe.order, inputs.q, inputs.k, inputs.scale, inputs.bias), None
     if isinstance(recipe.order, KMeansOrder):
         warm = inputs.warm if isinstance(inputs.warm, Centroids) else None
-        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, warm)
+        biased, precision = inputs.bias is not None, recipe.precision
+        blocks = cluster_blocks(inputs.q, tiles.block_q, tiles.block_k, biased=biased, precision=precision)
+        return content.by_clusters(tiles, recipe.order, inputs.q, inputs.k, warm, blocks)
     return tiles.on(inputs.q.device).cut, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import ImportanceOrder, KMeansOrder, MassScore, Recipe, ResidualCorrect
+from ..kernels.block_sparse import COARSE_QUERIES, FINE_KEYS
 from ..layout import Grid, TokenLayout
 from .content import clusters
 from .decide import option, tiling_for
@@ -54,10 +55,17 @@ def _of_clusters(recipe: Recipe, order: KMeansOrder, layout: TokenLayout, dim: i
     total = (queries + keys) * dim * 4
     if not recipe.reuses:
         return total
-    blocks_q, units_q = _blocks(layout, queries, tiling.block_q)
-    blocks_k, units_k = _blocks(layout, keys, tiling.block_k)
-    total += units_q * -(-units_k // 8)
-    return total + _lying(blocks_q * tiling.block_q, blocks_q) + _lying(blocks_k * tiling.block_k, blocks_k)
+    # which blocks clusters are cut into depends on the device
+    return total + max(
+        _of_cut_clusters(layout, queries, keys, tiling.block_q, min(tiling.block_k, FINE_KEYS)),
+        _of_cut_clusters(layout, queries, keys, min(tiling.block_q, COARSE_QUERIES), tiling.block_k),
+    )
+
+
+def _of_cut_clusters(layout: TokenLayout, queries: int, keys: int, block_q: int, block_k: int) -> int:
+    blocks_q, units_q = _blocks(layout, queries, block_q)
+    blocks_k, units_k = _blocks(layout, keys, block_k)
+    return units_q * -(-units_k // 8) + _lying(blocks_q * block_q, blocks_q) + _lying(blocks_k * block_k, blocks_k)
 
 
 def _blocks(layout: TokenLayout, units: int, block: int) -> tuple[int, int]:

@@ -283,7 +283,6 @@ BY_CLUSTER = _by_name(
         order=KMeansOrder(),
         score=PooledScore(weigh=True),
         select=TopPSelect(p=0.9, least=0.1),
-        block_q=64,
         sources=(papers.SVG2,),
     ),
     Recipe(
@@ -292,7 +291,6 @@ BY_CLUSTER = _by_name(
         score=PooledScore(weigh=True),
         select=ErrorSelect(p=0.9, least=0.1),
         correct=CentroidCorrect(),
-        block_q=64,
         sources=(papers.EAR,),
     ),
     Recipe(
@@ -302,7 +300,6 @@ BY_CLUSTER = _by_name(
         select=TopPSelect(p=0.9, least=0.1),
         every=20,
         dense_layers=1,
-        block_q=64,
         sources=(papers.SVOO,),
     ),
 )

@@ -98,8 +98,9 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
 def assign(x: Tensor, centroids: Tensor, tile: Tile | None = None, *, lengths: bool = True) -> Tensor:
     """Give each token its nearest centroid, int32 [B, H, N]; `tile` overrides the choice (for benchmarks).
 
-    The tokens are compared with the centroids rounded to their dtype, summed in fp32. In fp16 and bf16 scores that
-    agree to `MOST_BITS` bits of their 24 less may go either way, always the same; in fp32 the first of equal ones is taken.
+    The tokens are compared with the centroids rounded to their dtype, summed in fp32. In fp32 the first of equal ones
+    is taken. In fp16 and bf16 scores lose as many bits as a cluster's number has (`MOST_BITS` at most) before they are
+    compared, and which of equal ones is taken is not said, but always the same.
     Without `lengths` the centroid of largest product with the token is taken instead of the nearest.
     """
     labels = torch.empty(x.shape[:3], dtype=torch.int32, device=x.device)

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_mass.triton import vectors_of
-from dit_accel.kernels.block_sparse.tiles import power_of_two_part
 from dit_accel.kernels.block_sparse.triton import runs_on
 from dit_accel.kernels.sizes import power_of_two
 
@@ -57,8 +56,10 @@ def _error_kernel(
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, D_PAD], tl.float32)
         tokens = 0
-        for first in range(tl.load(bounds_ptr + unit), tl.load(bounds_ptr + unit + 1), TILE_K):
-            token = tl.load(slots_ptr + first + tl.arange(0, TILE_K))
+        end = tl.load(bounds_ptr + unit + 1)
+        for first in range(tl.load(bounds_ptr + unit), end, TILE_K):
+            slot = first + tl.arange(0, TILE_K)
+            token = tl.load(slots_ptr + slot, mask=slot < end, other=-1)
             real = token >= 0
             tokens += tl.sum(real.to(tl.int32), 0)
             k = vectors_of(k_ptr, tl.maximum(token, 0), k_stride_s, k_stride_d, D, D_PAD)
@@ -97,12 +98,12 @@ def lengths(
     means_v: Tensor,
     scale: float,
 ) -> Tensor:
-    """Run the kernel on a checked, non-empty call; shapes as in `unit_error`."""
+    """Run the kernel on a checked, non-empty call; shapes as in `unit_error`. It does not ask for `block`."""
     shape = (*queries.shape[:3], means_k.shape[2])
     top, error, total = made = torch.empty(3, *shape, dtype=torch.float32, device=k.device)
     with torch.cuda.device_of(k):
         means = (means_k.contiguous(), means_v.contiguous())
-        grid, args, constants = launch(queries, k, v, slots, bounds, block, means, scale, made)
+        grid, args, constants = launch(queries, k, v, slots, bounds, means, scale, made)
         _error_kernel[grid](*args, **constants)
     weight = (top - top.amax(-1, keepdim=True)).exp2_()
     return error * weight / (total * weight).sum(-1, keepdim=True)
@@ -114,7 +115,6 @@ def launch(
     v: Tensor,
     slots: Tensor,
     bounds: Tensor,
-    block: int,
     means: tuple[Tensor, Tensor],
     scale: float,
     made: Tensor,
@@ -130,7 +130,7 @@ def launch(
         scale * LOG2_E.value,
     )  # fmt: skip
     constants = {
-        "D": dim, "D_PAD": power_of_two(dim, 16), "ROWS": at_once, "TILE_K": min(power_of_two_part(block), at_once),
+        "D": dim, "D_PAD": power_of_two(dim, 16), "ROWS": at_once, "TILE_K": at_once,
         "UNITS": UNITS, "PRECISION": "ieee" if exact else "tf32", "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     return (-(-rows // at_once), -(-units // UNITS), b * h), args, constants

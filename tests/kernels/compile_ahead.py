@@ -203,7 +203,7 @@ def compile_unit_error(capability: int) -> triton.compiler.CompiledKernel:
     q, k, means = torch.zeros(1, 16, 300, 128), torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128)
     slots, bounds = torch.zeros(1, 16, 2048, dtype=torch.int32), torch.zeros(1, 16, 101, dtype=torch.int64)
     made = torch.zeros(3, 1, 16, 300, 100)
-    _, args, constants = erring.launch(q, k, k, slots, bounds, 64, (means, means), 0.1, made)
+    _, args, constants = erring.launch(q, k, k, slots, bounds, (means, means), 0.1, made)
     return compile_launch(erring._error_kernel, capability, args, constants)
 
 
