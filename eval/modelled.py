@@ -1,13 +1,15 @@
 """The third time axis: steps and densities run here, times what a step of a true-sized model was measured to take.
 
-It needs `benchmarks/results/step_*.json` of `eval/bench_step.py`; without such a file there is no such axis.
+It needs `benchmarks/results/step_*.json` of `eval/bench_step.py`; without such a file there is no such axis. What a
+recipe's own decisions and blocks cost beside the benchmark's recipe is taken from `decide_*.json` of
+`eval/bench_decide.py`, where that has both at the same shape.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +21,59 @@ from .store import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NUMBERS = ("density", "step_ms", "stock_step_ms")  # that every row must hold
+BENCHMARKED = "balanced"  # the recipe whose steps were measured
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a recipe's attention call costs at a true shape: its decision, and its kernels for each unit of density."""
+
+    decision_ms: float
+    kernel_ms: float
+
+    def ms(self, density: float) -> float:
+        return self.decision_ms + density * self.kernel_ms
 
 
 @dataclass(frozen=True)
 class Model:
-    """One measured model: ms of a stock step, and of an accelerated one at each measured density, ascending."""
+    """One measured model: ms of a stock step, and of an accelerated one at each measured density, ascending.
+
+    `calls` by recipe, where measured at this shape; a step has `depth` of them.
+    """
 
     name: str
     device: str
     stock_ms: float
     densities: tuple[float, ...]
     step_ms: tuple[float, ...]
+    depth: int = 0
+    calls: Mapping[str, Call] = field(default_factory=dict)
 
     def seconds(self, row: Row) -> float | None:
         """Return the modelled seconds of all steps of a row; None where what was left out is not known (caches).
 
         Each call counts as its share of a step at its density: between measured densities on a straight line, below
         the least one as that one, above the largest on the line of the last two. Dense calls take stock's time.
-        Decisions cost what those of the benchmark's recipe cost, at every call.
+        Decisions and kernels of a recipe that was measured at this shape cost what they cost there, on the average of
+        a run, those of others what the benchmark's recipe costs.
         """
         if row.steps is None or row.family in ("cache", "floor", "oracle") or row.error:
             return None
         if row.map is None:
             return row.steps * self.stock_ms / 1e3
-        return sum(float(np.mean([self._step(d) for d in step])) for step in row.map.density) / 1e3
+        name = str(row.definition.get("name"))
+        return sum(float(np.mean([self._step(d, name) for d in step])) for step in row.map.density) / 1e3
 
-    def _step(self, density: float) -> float:
+    def _step(self, density: float, recipe: str) -> float:
         if density >= 1:
             return self.stock_ms
+        if recipe in self.calls and BENCHMARKED in self.calls:
+            apart = self.calls[recipe].ms(density) - self.calls[BENCHMARKED].ms(density)
+            return self._measured(density) + self.depth * apart
+        return self._measured(density)
+
+    def _measured(self, density: float) -> float:
         if density <= self.densities[-1] or len(self.densities) == 1:
             return float(np.interp(density, self.densities, self.step_ms))
         (d0, d1), (t0, t1) = self.densities[-2:], self.step_ms[-2:]
@@ -56,7 +83,7 @@ class Model:
 def models(folder: Path = RESULTS) -> list[Model]:
     """Read all measured models of a folder; none where there are no files. Raises ConfigError on a broken one."""
     return [
-        _model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case])
+        _model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case], folder)
         for _, data in step_results(folder)
         for case in dict.fromkeys(row["case"] for row in data["rows"])
     ]
@@ -77,7 +104,7 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _model(case: str, device: str, rows: Sequence[dict[str, float]]) -> Model:
+def _model(case: str, device: str, rows: Sequence[dict[str, float]], folder: Path) -> Model:
     points = sorted({float(row["density"]): float(row["step_ms"]) for row in rows}.items())
     return Model(
         name=case,
@@ -85,4 +112,24 @@ def _model(case: str, device: str, rows: Sequence[dict[str, float]]) -> Model:
         stock_ms=float(rows[0]["stock_step_ms"]),
         densities=tuple(density for density, _ in points),
         step_ms=tuple(ms for _, ms in points),
+        depth=int(rows[0].get("depth", 0)),
+        calls=_calls(folder / f"decide_{case}_{'-'.join(device.lower().split())}.json"),
     )
+
+
+def _calls(file: Path) -> dict[str, Call]:
+    """Read what each recipe's calls cost; nothing where there is no such file. Raises ConfigError on a broken one."""
+    if not file.exists():
+        return {}
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        return {row["recipe"]: Call(row["decision_ms"], _kernel_ms(row) / row["density"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{file}: is no result of bench_decide ({type(error).__name__}: {error}).") from None
+
+
+def _kernel_ms(row: dict[str, Any]) -> float:
+    """Attention and merge of a mean call of the run."""
+    kinds = row["kinds"].values()
+    spent = sum(kind["calls"] * (kind["device"]["kernel"] + kind["device"]["merge"]) for kind in kinds)
+    return spent / sum(kind["calls"] for kind in kinds)

@@ -19,8 +19,8 @@ from dit_accel.eval.tables import Cell, tables, winners
 
 def row(candidate: str, family: Any, psnr: float | None, prompt: str = "a", seed: int = 0, **more: Any) -> Row:
     figures = None if family == "reference" else Figures(psnr=psnr, ssim=0.9)
-    given = {"steps": 2, "seconds": 1.0, "figures": figures, **more}
-    return Row(candidate=candidate, family=family, definition={}, prompt=prompt, seed=seed, **given)
+    given = {"definition": {}, "steps": 2, "seconds": 1.0, "figures": figures, **more}
+    return Row(candidate=candidate, family=family, prompt=prompt, seed=seed, **given)
 
 
 def step_file(folder: Path) -> Path:
@@ -76,6 +76,29 @@ def test_modelled_times_follow_the_steps_and_densities_run(tmp_path: Path) -> No
     assert model.seconds(row("steps-9", "steps", 20, steps=9)) == pytest.approx(9)
     assert model.seconds(row("cache", "cache", 20)) is None
     assert model.seconds(row("oracle@0.3", "oracle", 20, map=seen)) is None
+
+
+def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path) -> None:
+    step = json.loads(step_file(tmp_path).read_text())
+    for line in step["rows"]:
+        line["depth"] = 10
+    step_file(tmp_path).write_text(json.dumps(step))
+
+    def timed(name: str, decision: float, *kernels: float) -> dict[str, Any]:
+        kinds = {str(ms): {"calls": 5, "device": {"kernel": ms, "merge": 1.0}} for ms in kernels}
+        return {"recipe": name, "density": 0.5, "decision_ms": decision, "kinds": kinds}
+
+    file = tmp_path / "decide_big_gpu.json"
+    file.write_text(json.dumps({"rows": [timed("balanced", 1.0, 19.0), timed("slow", 3.0, 29.0, 49.0)]}))
+    (model,) = models(tmp_path)
+    seen = DensityMap(sites=("p",), density=((1,), (0.5,)))
+    given = {"map": seen, "definition": {"name": "slow"}}
+    # dense 1000, and 700 for a step of balanced; of slow 3 + 40 ms a call, not 1 + 20
+    assert model.seconds(row("x", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 22) / 1e3)
+    assert model.seconds(row("y", "recipe", 20, map=seen)) == pytest.approx(1.7)
+    file.write_text('{"rows": [{}]}')
+    with pytest.raises(ConfigError, match="is no result of bench_decide"):
+        models(tmp_path)
 
 
 def test_a_broken_benchmark_file_is_one_line(tmp_path: Path) -> None:
