@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 from collections.abc import Mapping
@@ -160,10 +161,11 @@ class Store:
 
 
 def load(path: Path) -> tuple[Setup, list[Row]]:
-    """Read a file of rows; a last line that a killed run left unfinished is passed over. Raises ConfigError."""
+    """Read a file of rows, .jsonl or .jsonl.xz; a last line left unfinished is passed over. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     lines = text.split("\n")[:-1]  # what follows the last newline is nothing, or half a row
     if not lines:

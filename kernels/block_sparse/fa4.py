@@ -67,6 +67,10 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     none = torch.zeros_like(count)
     lists = BlockSparseTensorsTorch(none, torch.zeros_like(index), count, index, block_size=(BLOCK, BLOCK))
     out, lse = flash_attn_func(q, k, v, softmax_scale=problem.scale, block_sparse_tensors=lists, return_lse=True)[:2]
+    # what it leaves for a row without blocks is not said
+    empty = (count == 0).repeat_interleave(BLOCK, 2)
+    out = out.contiguous().masked_fill_(empty.transpose(1, 2).unsqueeze(-1), 0)
+    lse = lse.masked_fill(empty, float("-inf"))
     if problem.q_order is None:
         return out, lse
     place = problem.q_order.long().expand(q.shape[0], heads, -1)

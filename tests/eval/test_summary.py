@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from dit_accel.errors import ConfigError
 from dit_accel.eval.modelled import models
 from dit_accel.eval.report import Summary, html
-from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store
+from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store, load
 from dit_accel.eval.summary import bootstrap, paired, pareto, spent, standings
 from dit_accel.eval.tables import Cell, tables, winners
 
@@ -99,6 +100,20 @@ def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path
     file.write_text('{"rows": [{}]}')
     with pytest.raises(ConfigError, match="is no result of bench_decide"):
         models(tmp_path)
+
+
+def test_compressed_rows_are_read_as_they_were(tmp_path: Path) -> None:
+    setup = Setup(
+        model="m", settings={}, dtype="float32", device="cpu", dense_steps=0.2, dense_layers=0, versions={"torch": "2"}
+    )
+    store = Store(tmp_path / "rows.jsonl", setup)
+    store.add(row("draft@0.3", "recipe", 20))
+    packed = tmp_path / "rows.jsonl.xz"
+    packed.write_bytes(lzma.compress(store.path.read_bytes()))
+    assert load(packed) == load(store.path)
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"rows\.jsonl\.xz: cannot be read"):
+        load(packed)
 
 
 def test_a_broken_benchmark_file_is_one_line(tmp_path: Path) -> None:
