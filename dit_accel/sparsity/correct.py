@@ -43,15 +43,18 @@ class PooledBranch:
     v: torch.Tensor
     tokens: torch.Tensor
     allowed: torch.Tensor
+    slots: torch.Tensor
     row: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.tokens, self.allowed, self.row))
+        held = (self.k, self.v, self.tokens, self.allowed, self.slots, self.row)
+        return sum(t.numel() * t.element_size() for t in held)
 
     def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S]."""
-        return pooled_attention(given.q, self.k, self.v, self.tokens, self.allowed, self.row, given.scale)
+        groups = (self.k, self.v, self.tokens, self.allowed, self.slots, self.row)
+        return pooled_attention(given.q, *groups, given.scale, every_query=True)
 
 
 def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
@@ -65,7 +68,8 @@ def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
         v=grid_means(keys, inputs.v),
         tokens=grid_weights(keys),
         allowed=~mask[..., cut.k.grid],
-        row=cut.q.unit_of_token(cut.length),
+        slots=cut.q.slots,
+        row=cut.q.owner,
     )
 
 
