@@ -18,6 +18,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.pipelines.media import Media
 
 FORMAT = 1
+DIGITS = 6
 Family = Literal["reference", "floor", "recipe", "oracle", "steps", "cache"]
 
 
@@ -201,7 +202,7 @@ def _parse(kind: Any, line: str, path: Path, number: int) -> Any:
 
 
 def _append(path: Path, line: Line) -> None:
-    data = (json.dumps(line.model_dump(mode="json"), allow_nan=False) + "\n").encode()
+    data = (json.dumps(_short(line.model_dump(mode="json")), allow_nan=False) + "\n").encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.write(file, data) != len(data):
@@ -209,6 +210,15 @@ def _append(path: Path, line: Line) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _short(data: Any) -> Any:
+    """Keep as many digits as mean anything: a study holds thousands of numbers a row."""
+    if isinstance(data, float):
+        return float(f"{data:.{DIGITS}g}")
+    if isinstance(data, dict):
+        return {key: _short(value) for key, value in data.items()}
+    return [_short(value) for value in data] if isinstance(data, list) else data
 
 
 def _drop_half_line(path: Path) -> None:
