@@ -13,6 +13,7 @@ import torch
 
 from ..config import Correct, DeltaCorrect, MassCorrect, ResidualCorrect
 from ..errors import PlanError
+from ..kernels.blend import blend
 from ..kernels.pooled import pooled_attention
 from .content import text_tokens
 from .cut import Cut, Side
@@ -84,11 +85,7 @@ class Blend:
 
     def apply(self, out: torch.Tensor, lse: torch.Tensor, given: Operands) -> torch.Tensor:
         """Return the changed output, [B, S, H, D]."""
-        b, h, _, d = self.rest.shape
-        unit = self.unit.expand(b, h, -1)
-        kept = self.kept.gather(2, unit).transpose(1, 2)[..., None]
-        rest = self.rest.gather(2, unit[..., None].expand(-1, -1, -1, d)).transpose(1, 2)
-        return (out * kept + rest).to(out.dtype)
+        return blend(out, self.kept, self.rest, self.unit)
 
 
 def pooled_mass(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Blend:

@@ -24,6 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.blend import triton as blending
 from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_mass import triton as weighing
 from dit_accel.kernels.block_max import triton as maximal
@@ -237,6 +238,12 @@ def compile_pooled(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     return compile_launch(pooling._pooled_kernel, capability, args, constants)
 
 
+def compile_blend(capability: int) -> triton.compiler.CompiledKernel:
+    out, kept, rest = torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 99), torch.zeros(1, 16, 99, 128)
+    _, args, constants = blending.launch(out, kept, rest, torch.zeros(1, 1, 1024, dtype=torch.int64), out)
+    return compile_launch(blending._blend_kernel, capability, args, constants)
+
+
 def compile_lists(capability: int, bits: bool) -> triton.compiler.CompiledKernel:
     """A static cut, as a tile order has it, and 1183 key blocks, as Wan's 720p clips have them."""
     units = torch.zeros(1, 40, 591, 74 if bits else 591, dtype=torch.uint8 if bits else torch.bool)
@@ -310,6 +317,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "norm-rope-rounds-first": lambda capability: compile_norm_rope(capability, 24, Norm(rounds_first=True)),
     "norm-rope-across": lambda capability: compile_norm_rope(capability, 40, Norm(across_heads=True)),
     "norm-rope-layer": lambda capability: compile_norm_rope(capability, 48, Norm("layer")),
+    "blend": compile_blend,
     "pooled-64": lambda capability: compile_pooled(capability, 64, BF16),
     "pooled-128": lambda capability: compile_pooled(capability, 128, BF16),
     "pooled-256": lambda capability: compile_pooled(capability, 256, BF16),
