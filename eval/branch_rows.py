@@ -19,7 +19,6 @@ from dit_accel.eval.norm_rope_rows import Timed
 from dit_accel.kernels.block_sparse import block_sparse_attention
 from dit_accel.kernels.pooled import pooled_attention
 from dit_accel.kernels.pooled.api import Backend, unsupported_reasons
-from dit_accel.sparsity.cut import from_sorted
 
 BLOCK = 128
 COLUMNS = 0.05  # of the key blocks
@@ -108,8 +107,6 @@ class Call:
         allowed = torch.rand(1, heads, rows, groups, device=self.device) < SKIPPED
         allowed[..., 0] = True
         row = torch.randint(rows, (1, heads, self.case.picture), device=self.device)
-        sizes = torch.stack([of_head.bincount(minlength=rows) for of_head in row[0]])[None]
-        side = from_sorted(row.argsort(-1).int(), sizes, BLOCK, torch.empty(0, dtype=torch.int32, device=self.device))
         q = self.q[:, : self.case.picture]
 
         def gold(head: int, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,12 +114,12 @@ class Call:
             seen = allowed[0, head, row[0, head, at]]
             return logits.masked_fill(~seen, -math.inf), v[0, head].double()
 
-        given = (k, v, tokens, allowed, side.slots, side.owner)
+        given = (k, v, tokens, allowed, row)
         moved = 2.0 * q.numel() * q.element_size() + sum(x.numel() * x.element_size() for x in given)
         pairs = float(allowed.float().mean()) * self.case.picture * groups
         for backend in BACKENDS:
             if not unsupported_reasons(backend, q):
-                run = partial(pooled_attention, q, *given, self.scale, every_query=True, backend=backend)
+                run = partial(pooled_attention, q, *given, self.scale, backend=backend)
                 name = f"centroids {rows}x{groups} {backend}"
                 yield self.timed(name, run, gold, moved=moved, flops=4.0 * heads * pairs * dim)
 

@@ -44,18 +44,15 @@ class PooledBranch:
     v: torch.Tensor
     tokens: torch.Tensor
     allowed: torch.Tensor
-    slots: torch.Tensor
     row: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        held = (self.k, self.v, self.tokens, self.allowed, self.slots, self.row)
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.tokens, self.allowed, self.row))
 
     def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S]."""
-        groups = (self.k, self.v, self.tokens, self.allowed, self.slots, self.row)
-        return pooled_attention(given.q, *groups, given.scale, every_query=True)
+        return pooled_attention(given.q, self.k, self.v, self.tokens, self.allowed, self.row, given.scale)
 
 
 def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
@@ -69,8 +66,7 @@ def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
         v=grid_means(keys, inputs.v),
         tokens=grid_weights(keys),
         allowed=~mask[..., cut.k.grid],
-        slots=cut.q.slots,
-        row=cut.q.owner,
+        row=cut.q.unit_of_token(cut.length),
     )
 
 

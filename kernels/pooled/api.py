@@ -20,11 +20,9 @@ def pooled_attention(
     v: Tensor,
     tokens: Tensor,
     allowed: Tensor,
-    slots: Tensor,
     row: Tensor,
     scale: float,
     *,
-    every_query: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the pooled keys that its row of `allowed` names.
@@ -35,18 +33,14 @@ def pooled_attention(
         tokens: [B|1, H|1, C], how many tokens each group stands for; its logit gains their logarithm, so that a group
             of equal tokens weighs what its tokens would.
         allowed: bool [B|1, H|1, R, C].
-        slots: int32 [B|1, H|1, N * block], queries in blocks of a multiple of 16 that share a row; -1 is a hole. No
-            query may occur twice.
-        row: int64 [B|1, H|1, N], each block's row of `allowed`; its range is not checked: that would stall the device.
+        row: int64 [B|1, H|1, S], each query's row of `allowed`; its range is not checked: that would stall the device.
         scale: factor of the logits.
-        every_query: says that each query lies in a slot (not checked), so that nothing needs to be filled in for those
-            that lie in none.
         backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed. Triton rounds mean
             keys and values to q's dtype, the reference does not.
 
     Returns:
-        out [B, S, H, D] in q's dtype and lse float32 [B, H, S]. A query with no allowed group of tokens, or in no slot,
-        has out 0 and lse -inf.
+        out [B, S, H, D] in q's dtype and lse float32 [B, H, S]. A query with no allowed group of tokens has out 0 and
+        lse -inf.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; RuntimeError: the named back end cannot run
@@ -55,19 +49,19 @@ def pooled_attention(
     The centroid branch of SVG-EAR (arXiv 2603.08982); also RetroInfer's estimation zone (arXiv 2505.02922).
     """
     if torch.compiler.is_compiling():
-        return pooled_op(q, k, v, tokens, allowed, slots, row, scale, every_query, backend)
-    _check(q, k, v, tokens, allowed, slots, row)
+        return pooled_op(q, k, v, tokens, allowed, row, scale, backend)
+    _check(q, k, v, tokens, allowed, row)
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
     wanted = backend or ("triton" if wants_triton(q) else "reference")
     reasons = unsupported_reasons(wanted, q)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot attend with q {list(q.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons and q.numel() and k.shape[2] and row.shape[2]:
+    if wanted == "triton" and not reasons and q.numel() and k.shape[2]:
         from .triton import attend
     else:
         from .reference import attend
-    return attend(q, k, v, tokens, allowed, slots, row, scale, every_query)
+    return attend(q, k, v, tokens, allowed, row, scale)
 
 
 def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
@@ -86,33 +80,22 @@ def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
     return reasons
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, slots: Tensor, row: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or allowed.dim() != 4 or row.dim() != 3:
+def _check(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or allowed.dim() != 4:
         raise ValueError(
-            f"q is {list(q.shape)}, k {list(k.shape)}, allowed {list(allowed.shape)}, row {list(row.shape)}; expected "
-            "four axes of each but of row, three"
+            f"q is {list(q.shape)}, k {list(k.shape)}, allowed {list(allowed.shape)}; expected four axes of each"
         )
-    (b, _, h, d), c, r, n = q.shape, k.shape[2], allowed.shape[2], row.shape[2]
+    b, s, h, d = q.shape
+    c, r = k.shape[2], allowed.shape[2]
     for name, tensor, shape in (("k", k, (b, h, c, d)), ("v", v, (b, h, c, d))):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)} for q {list(q.shape)}")
-    for name, tensor, last in (("tokens", tokens, (c,)), ("allowed", allowed, (r, c)), ("row", row, (n,))):
+    for name, tensor, last in (("tokens", tokens, (c,)), ("allowed", allowed, (r, c)), ("row", row, (s,))):
         if tensor.shape[0] not in (1, b) or tensor.shape[1] not in (1, h) or tuple(tensor.shape[2:]) != last:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected [{b}|1, {h}|1, {str(list(last))[1:-1]}]")
-    if (
-        slots.shape[0] not in (1, b)
-        or slots.shape[1] not in (1, h)
-        or slots.dim() != 3
-        or slots.shape[2] % (16 * n or 1)
-    ):
-        raise ValueError(f"slots is {list(slots.shape)}; expected [{b}|1, {h}|1, {n} blocks of a multiple of 16]")
-    if allowed.dtype != torch.bool or slots.dtype != torch.int32 or row.dtype != torch.int64:
-        raise TypeError(
-            f"allowed is {allowed.dtype}, slots {slots.dtype}, row {row.dtype}; expected torch.bool, torch.int32 and "
-            "torch.int64"
-        )
-    named = (("k", k), ("v", v), ("tokens", tokens), ("allowed", allowed), ("slots", slots), ("row", row))
-    for name, tensor in named:
+    if allowed.dtype != torch.bool or row.dtype != torch.int64:
+        raise TypeError(f"allowed is {allowed.dtype}, row {row.dtype}; expected torch.bool and torch.int64")
+    for name, tensor in (("k", k), ("v", v), ("tokens", tokens), ("allowed", allowed), ("row", row)):
         if tensor.device != q.device:
             raise ValueError(f"{name} lies on {tensor.device}, q on {q.device}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

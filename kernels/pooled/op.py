@@ -11,26 +11,16 @@ from torch import Tensor
 @torch.library.custom_op(
     "dit_accel::pooled_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor allowed, Tensor slots, Tensor row, float scale, "
-    "bool every_query, str? backend) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor allowed, Tensor row, float scale, str? backend) "
+    "-> (Tensor, Tensor)",
 )
 def pooled_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    allowed: Tensor,
-    slots: Tensor,
-    row: Tensor,
-    scale: float,
-    every_query: bool,
-    backend: Any,
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor, scale: float, backend: Any
 ) -> tuple[Tensor, Tensor]:
     """Run `pooled_attention` from compiled code."""
     from .api import pooled_attention  # which imports this file
 
-    groups = (k, v, tokens, allowed, slots, row)
-    out, lse = pooled_attention(q, *groups, scale, every_query=every_query, backend=backend)
+    out, lse = pooled_attention(q, k, v, tokens, allowed, row, scale, backend=backend)
     return out.contiguous(), lse.contiguous()
 
 

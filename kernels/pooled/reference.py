@@ -9,15 +9,7 @@ BYTES = 256 << 20  # of logits held at once
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    allowed: Tensor,
-    slots: Tensor,
-    row: Tensor,
-    scale: float,
-    every_query: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend a few queries at a time; shapes as in `pooled_attention`. Arithmetic is fp32 (fp64 for fp64 inputs)."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -25,9 +17,7 @@ def attend(
     groups = k.shape[2]
     keys, values = k.to(compute).mT * scale, v.to(compute)
     weigh = tokens.to(compute).log()[:, :, None]  # no tokens: -inf
-    # one row more, of queries in no slot, which see nothing
-    seen = torch.nn.functional.pad(allowed, (0, 0, 0, 1)).expand(b, h, -1, -1)
-    row = _row_of_query(slots, row, s, allowed.shape[2])
+    seen = allowed.expand(b, h, -1, -1)
     outs, lses = [], []
     for part in torch.arange(s, device=q.device).split(max(1, BYTES // (4 * b * h * groups))):
         at = row[..., part].expand(b, h, -1)[..., None].expand(-1, -1, -1, groups)
@@ -39,12 +29,3 @@ def attend(
         outs.append((weights @ values).transpose(1, 2))
         lses.append(lse.float())
     return torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 2)
-
-
-def _row_of_query(slots: Tensor, row: Tensor, length: int, none: int) -> Tensor:
-    """Each query's row of `allowed`, int64 [B|1, H|1, S]; `none` where it lies in no slot."""
-    lead = torch.broadcast_shapes(slots.shape[:2], row.shape[:2])
-    of_slot = row.repeat_interleave(slots.shape[2] // max(1, row.shape[2]), 2).expand(*lead, -1)
-    rows = torch.full((*lead, length + 1), none, dtype=torch.int64, device=row.device)  # holes write to the last
-    place = torch.where(slots < 0, length, slots).long().expand(*lead, -1)
-    return rows.scatter_(2, place, of_slot)[..., :length]

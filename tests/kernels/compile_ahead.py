@@ -231,10 +231,9 @@ def compile_pooled(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     """Queries of 300 clusters against 1000, each head its own, as SVG-EAR has them."""
     q, means = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1, 16, 1000, dim)
     tokens, allowed = torch.ones(1, 16, 1000, dtype=torch.int64), torch.zeros(1, 16, 300, 1000, dtype=torch.bool)
-    slots, row = torch.zeros(1, 16, 4096, dtype=torch.int32), torch.zeros(1, 16, 32, dtype=torch.int64)
-    lse = torch.zeros(1, 16, 1024)
+    row, lse = torch.zeros(1, 16, 1024, dtype=torch.int64), torch.zeros(1, 16, 1024)
     tile = pooling.choose(divmod(capability, 10), triton.next_power_of_2(dim), q.element_size())
-    _, args, constants = pooling.launch(q, means, means, tokens, allowed, slots, row, 0.1, q, lse, tile)
+    _, args, constants = pooling.launch(q, means, means, tokens, allowed, row, 0.1, q, lse, tile)
     return compile_launch(pooling._pooled_kernel, capability, args, constants)
 
 

@@ -15,9 +15,7 @@ BF16, HALF, FP32 = torch.bfloat16, torch.float16, torch.float32
 on_both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
-def call(
-    seed, *, batch=1, heads=2, length=45, dim=24, groups=11, rows=5, dtype=FP32, own=(1, 1), empty=False, block=16
-):
+def call(seed, *, batch=1, heads=2, length=45, dim=24, groups=11, rows=5, dtype=FP32, own=(1, 1), empty=False):
     """Random groups, of which each row may see about half; with `empty`, groups without tokens and a row with none."""
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 200, (*own, groups), generator=rng)
@@ -27,38 +25,15 @@ def call(
         allowed[..., -1, :] = False
     else:
         allowed[..., 0] = True
-    each = torch.randint(rows, (*own, length), generator=rng)
-    if empty:
-        each[..., ::7] = -1  # in no slot
-    slots, row = in_blocks(each, rows, block)
     return {
         "q": torch.randn(batch, length, heads, dim, generator=rng).to(dtype),
         "k": torch.randn(batch, heads, groups, dim, generator=rng),
         "v": torch.randn(batch, heads, groups, dim, generator=rng),
         "tokens": tokens,
         "allowed": allowed,
-        "slots": slots,
-        "row": row,
+        "row": torch.randint(rows, (*own, length), generator=rng),
         "scale": 0.3,
     }
-
-
-def in_blocks(each, rows, block):
-    """Lay queries of one row into blocks of their own, as many blocks in all as any head needs."""
-    laid = []
-    for of_head in each.flatten(0, 1):
-        blocks = []
-        for r in range(rows):
-            mine = (of_head == r).nonzero()[:, 0].int()
-            mine = torch.nn.functional.pad(mine, (0, -len(mine) % block), value=-1)
-            blocks += [(r, part) for part in mine.split(block)] if len(mine) else []
-        laid.append(blocks)
-    most = max(1, *map(len, laid)) if laid else 1
-    hole = (0, torch.full((block,), -1, dtype=torch.int32))
-    laid = [blocks + [hole] * (most - len(blocks)) for blocks in laid]
-    slots = torch.stack([torch.cat([part for _, part in blocks]) for blocks in laid])
-    row = torch.tensor([[r for r, _ in blocks] for blocks in laid])
-    return slots.view(*each.shape[:2], -1), row.view(*each.shape[:2], -1)
 
 
 def slowly(given, dtype):
@@ -66,15 +41,12 @@ def slowly(given, dtype):
     q, k, v = (given[name].to(dtype) for name in ("q", "k", "v"))
     b, s, h, _ = q.shape
     out, lse = torch.zeros(q.shape, dtype=dtype), torch.full((b, h, s), -math.inf, dtype=dtype)
-    names = ("tokens", "allowed", "slots", "row")
-    every = {name: given[name].expand(b, h, *given[name].shape[2:]) for name in names}
+    every = {name: given[name].expand(b, h, *given[name].shape[2:]) for name in ("tokens", "allowed", "row")}
     for i in range(b):
         for j in range(h):
             owner = torch.arange(k.shape[2]).repeat_interleave(every["tokens"][i, j])
             logits = q[i, :, j] @ k[i, j, owner].mT * given["scale"]
-            seen = torch.zeros(s, len(owner), dtype=torch.bool)
-            for part, r in zip(every["slots"][i, j].chunk(every["row"].shape[2]), every["row"][i, j], strict=True):
-                seen[part[part >= 0].long()] = every["allowed"][i, j, r][owner]
+            seen = every["allowed"][i, j][every["row"][i, j]][:, owner]
             logits = logits.masked_fill(~seen, -math.inf)
             lse[i, j] = logits.logsumexp(-1)
             out[i, :, j] = logits.softmax(-1).masked_fill(~seen, 0) @ v[i, j, owner]
@@ -105,8 +77,6 @@ CASES = {
     "nobody and nothing in half": {"empty": True, "dtype": HALF, "groups": 70},
     "wide": {"dim": 256, "heads": 1, "dtype": BF16},
     "odd": {"dim": 72, "dtype": BF16},
-    "large blocks": {"length": 300, "rows": 2, "block": 128, "dtype": BF16, "own": (1, 2)},
-    "blocks of 48": {"length": 200, "rows": 3, "block": 48, "dtype": HALF},
 }
 
 
@@ -150,10 +120,8 @@ def test_both_back_ends_agree(device):
     [
         ({"k": torch.zeros(1, 2, 9, 24)}, ValueError, r"v is \[1, 2, 11, 24\]; expected \[1, 2, 9, 24\]"),
         ({"q": torch.zeros(45, 2, 24)}, ValueError, r"q is \[45, 2, 24\]"),
-        ({"row": torch.zeros(1, 44, dtype=torch.int64)}, ValueError, r"row \[1, 44\]"),
-        ({"row": torch.zeros(1, 3, 5, dtype=torch.int64)}, ValueError, r"row is \[1, 3, 5\]"),
-        ({"slots": torch.zeros(1, 1, 44, dtype=torch.int32)}, ValueError, r"slots is \[1, 1, 44\]"),
-        ({"row": torch.zeros(1, 1, 5, dtype=torch.int32)}, TypeError, "row torch.int32"),
+        ({"row": torch.zeros(1, 1, 44, dtype=torch.int64)}, ValueError, r"row is \[1, 1, 44\]"),
+        ({"row": torch.zeros(1, 1, 45, dtype=torch.int32)}, TypeError, "row torch.int32"),
         ({"allowed": torch.zeros(1, 1, 5, 11)}, TypeError, "allowed is torch.float32"),
         ({"tokens": torch.ones(1, 1, 11, device="meta")}, ValueError, "tokens lies on meta"),
         ({"q": torch.zeros(1, 45, 2, 24, requires_grad=True)}, RuntimeError, "a gradient is asked for"),
