@@ -77,6 +77,8 @@ class Times:
 class Row:
     """One recipe. `share`, `device_share`: decision as it passes, and on the device alone, over dense attention.
 
+    `hopper`: whether the kernel for Hopper was there, so that kernel times of rows can be told apart.
+
     `decision_ms`: a mean call's order, score, selection, lists and correction; `kinds`: see `KINDS`.
     """
 
@@ -89,6 +91,7 @@ class Row:
     share: float
     device_share: float
     peak_gib: float
+    hopper: bool
     kinds: dict[str, Times] = field(default_factory=dict)
 
 
@@ -238,8 +241,17 @@ def measure(name: str, case: Case, device: torch.device, repeats: int) -> Row:
         share=passes / stock,
         device_share=alone / stock,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        hopper=cuda and _has_hopper_kernel(),
         kinds=kinds,
     )
+
+
+def _has_hopper_kernel() -> bool:
+    try:
+        import dit_accel.kernels.block_sparse.hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return torch.cuda.get_device_capability() == (9, 0)
 
 
 def table(rows: Sequence[Row], case: Case) -> Table:

@@ -26,13 +26,19 @@ BENCHMARKED = "balanced"  # the recipe whose steps were measured
 
 @dataclass(frozen=True)
 class Call:
-    """What a recipe's attention call costs at a true shape: its decision, and its kernels for each unit of density."""
+    """What a recipe's attention call costs at a true shape: its decision, and its kernels for each unit of density.
+
+    `hopper`: whether those were timed with the kernel for Hopper.
+    """
 
     decision_ms: float
     kernel_ms: float
+    hopper: bool
 
-    def ms(self, density: float) -> float:
-        return self.decision_ms + density * self.kernel_ms
+    def more_than(self, other: Call, density: float) -> float:
+        """Return how many ms more a call takes; kernels count only where both were timed with the same one."""
+        kernels = density * (self.kernel_ms - other.kernel_ms) if self.hopper == other.hopper else 0.0
+        return self.decision_ms - other.decision_ms + kernels
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class Model:
         if density >= 1:
             return self.stock_ms
         if recipe in self.calls and BENCHMARKED in self.calls:
-            apart = self.calls[recipe].ms(density) - self.calls[BENCHMARKED].ms(density)
-            return self._measured(density) + self.depth * apart
+            more = self.calls[recipe].more_than(self.calls[BENCHMARKED], density)
+            return self._measured(density) + self.depth * more
         return self._measured(density)
 
     def _measured(self, density: float) -> float:
@@ -123,13 +129,14 @@ def _calls(file: Path) -> dict[str, Call]:
         return {}
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        return {row["recipe"]: Call(row["decision_ms"], _kernel_ms(row) / row["density"]) for row in rows}
+        return {row["recipe"]: _call(row) for row in rows}
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{file}: is no result of bench_decide ({type(error).__name__}: {error}).") from None
 
 
-def _kernel_ms(row: dict[str, Any]) -> float:
-    """Attention and merge of a mean call of the run."""
+def _call(row: dict[str, Any]) -> Call:
+    """Make a mean call of a run: its decision, and its attention and merge."""
     kinds = row["kinds"].values()
     spent = sum(kind["calls"] * (kind["device"]["kernel"] + kind["device"]["merge"]) for kind in kinds)
-    return spent / sum(kind["calls"] for kind in kinds)
+    ms = spent / sum(kind["calls"] for kind in kinds)
+    return Call(row["decision_ms"], ms / row["density"], bool(row.get("hopper")))
