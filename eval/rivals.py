@@ -19,6 +19,8 @@ from dit_accel.errors import DitAccelError, UnsupportedError
 FIRST_BLOCK = (0.05, 0.15)
 TAYLOR_INTERVALS = (2, 4)
 MAG_THRESHOLDS = (0.06, 0.24)
+# diffusers' own pattern ends in "attn", which no module of Wan does: its blocks have attn1 and attn2
+ATTENTIONS = (r".*blocks\.\d+\.attn\d?",)
 _TRACES = ("forward", "_diffusers_hook")  # what diffusers leaves on modules after disable_cache()
 
 
@@ -45,7 +47,8 @@ def caches(steps: int, dense_steps: float, calibrate: Callable[[], list[float]])
         found.append(Cache(f"first-block-{threshold:g}", settings, partial(FirstBlockCacheConfig, **settings)))
     for interval in TAYLOR_INTERVALS:
         settings = {"cache_interval": interval, "disable_cache_before_step": max(first, 2)}  # two for a difference
-        make = partial(TaylorSeerCacheConfig, **settings, taylor_factors_dtype=torch.float32)
+        hooked = {"cache_identifiers": list(ATTENTIONS), "taylor_factors_dtype": torch.float32}
+        make = partial(TaylorSeerCacheConfig, **settings, **hooked)
         found.append(Cache(f"taylorseer-{interval}", settings, make))
     for threshold in MAG_THRESHOLDS:
         settings = {"threshold": threshold, "retention_ratio": dense_steps, "num_inference_steps": steps}
@@ -67,6 +70,8 @@ def cached(transformer: Any, cache: Cache) -> Iterator[None]:
         except Exception as error:  # each cache fails in its own way on a model it does not know
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UnsupportedError(f"{type(transformer).__name__} does not take {cache.name}: {reason}") from error
+        if all(set(vars(module)) & set(_TRACES) == before[id(module)] for module in transformer.modules()):
+            raise UnsupportedError(f"{type(transformer).__name__} does not take {cache.name}: it changes no module.")
         yield
     finally:
         _take_off(transformer, before)
