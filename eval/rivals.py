@@ -70,7 +70,8 @@ def cached(transformer: Any, cache: Cache) -> Iterator[None]:
         except Exception as error:  # each cache fails in its own way on a model it does not know
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UnsupportedError(f"{type(transformer).__name__} does not take {cache.name}: {reason}") from error
-        if all(set(vars(module)) & set(_TRACES) == before[id(module)] for module in transformer.modules()):
+        parts = [module for module in transformer.modules() if module is not transformer]  # itself is marked anyway
+        if all(set(vars(part)) & set(_TRACES) == before[id(part)] for part in parts):
             raise UnsupportedError(f"{type(transformer).__name__} does not take {cache.name}: it changes no module.")
         yield
     finally:
