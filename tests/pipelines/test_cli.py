@@ -325,6 +325,11 @@ def test_real_process(model: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "out.png")["steps"] == 1
 
 
+def _listen() -> None:
+    """Hear SIGINT, which the children of a shell's background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_real_interruption(model: Path, tmp_path: Path) -> None:
     small = ["--model", str(model), "--height", "32", "--width", "32", "--text-length", "8"]
     command = [
@@ -339,7 +344,9 @@ def test_real_interruption(model: Path, tmp_path: Path) -> None:
         "-o",
         "out.png",
     ]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, bufsize=0)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, bufsize=0, preexec_fn=_listen
+    )
     assert process.stderr is not None
     seen = b""
     while b"/100000 [" not in seen:  # the progress bar: denoising has begun
