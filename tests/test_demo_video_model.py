@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +73,40 @@ def other(pipe: WanPipeline) -> torch.Tensor:
     return draw(pipe, "a delivery truck growing, noto style", **TRAINED)
 
 
-RARER = [pytest.param(name, marks=pytest.mark.full) for name in ("grat-b", "grat-x", "svg2")]
+RARER = [pytest.param(name, marks=pytest.mark.full) for name in ("grat-x", "svg2")]
+GRAT_B = pytest.mark.xfail(
+    strict=True,
+    reason="a shortfall: by its rule of place a clip at .5 is .65 from stock, where another prompt's is .74",
+)
 
 
-@pytest.mark.parametrize("recipe", ["draft", *RARER])
-def test_sparse_clips_stay_close_and_more_density_is_closer(
-    pipe: WanPipeline, stock: torch.Tensor, other: torch.Tensor, recipe: str
+@pytest.fixture(scope="module")
+def errors(pipe: WanPipeline, stock: torch.Tensor) -> Callable[[str], list[float]]:
+    """How far a recipe at .5 and at .9 is from stock; each is drawn once."""
+
+    @cache
+    def measured(recipe: str) -> list[float]:
+        found = []
+        for density in (0.5, 0.9):
+            with dit_accel.accelerate(pipe, recipe, density=density) as handle:
+                found.append(error(draw(pipe, **TRAINED), stock))
+            assert handle.report().sparse_calls > 0
+        return found
+
+    return measured
+
+
+@pytest.mark.parametrize("recipe", ["draft", pytest.param("grat-b", marks=pytest.mark.full), *RARER])
+def test_more_density_is_closer(errors: Callable[[str], list[float]], recipe: str) -> None:
+    half, most = errors(recipe)
+    assert 0 < most < 0.6 * half
+
+
+@pytest.mark.parametrize("recipe", ["draft", pytest.param("grat-b", marks=[pytest.mark.full, GRAT_B]), *RARER])
+def test_sparse_clips_stay_close(
+    errors: Callable[[str], list[float]], stock: torch.Tensor, other: torch.Tensor, recipe: str
 ) -> None:
-    errors = []
-    for density in (0.5, 0.9):
-        with dit_accel.accelerate(pipe, recipe, density=density) as handle:
-            errors.append(error(draw(pipe, **TRAINED), stock))
-        assert handle.report().sparse_calls > 0
-    assert 0 < errors[1] < 0.6 * errors[0]
-    # rules of place err most on this model (docs/ranking-emoji-wan-h100.md), grat-b the most of these
-    assert errors[0] < (0.95 if recipe == "grat-b" else 0.6) * error(other, stock)
+    assert errors(recipe)[0] < 0.6 * error(other, stock)
 
 
 def test_the_folder_says_how_it_is_best_asked() -> None:
