@@ -13,7 +13,7 @@ import torch
 from captions import CONCEPT_ONLY, FREE
 from torch import nn
 
-SCALE = 2.0
+SCALE = 2.5
 
 
 class Teacher:

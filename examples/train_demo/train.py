@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import LENGTH, UNK, build_tokenizer, build_vocabulary, encode, variant_shares, variants
-from data import UNNAMED, Pair, load_pairs, load_pictures
+from data import STYLES, UNNAMED, Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
 from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
@@ -31,6 +31,8 @@ from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
 EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
+SWAP_SHARE = 0.2  # of the noisy pictures: another style's picture of the same thing below the noise
+SWAP_FROM = 0.5  # only at times from here on, where the noise still hides details
 DECAY_SHARE = 0.45
 
 
@@ -103,9 +105,22 @@ class Data:
 
     latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents, those of the unnamed pictures last
     named: int
+    others: torch.Tensor  # [pictures, styles - 1]: the same thing in the other styles trained
     clip_tokens: torch.Tensor  # [pictures, variants, tokens]
     t5_tokens: torch.Tensor
     shares: torch.Tensor  # of the caption variants
+
+
+def other_styles(pairs: list[Pair]) -> torch.Tensor:
+    """For every picture the places of the same thing in other styles, repeated to a full row [pictures, styles - 1]."""
+    places: dict[tuple[bool, int], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        places.setdefault((pair.label == UNNAMED, pair.concept), []).append(i)
+    rows = []
+    for i, pair in enumerate(pairs):
+        others = [j for j in places[pair.label == UNNAMED, pair.concept] if j != i] or [i]
+        rows.append([others[k % len(others)] for k in range(len(STYLES) - 1)])
+    return torch.tensor(rows)
 
 
 def build_data(pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group) -> Data:
@@ -115,7 +130,8 @@ def build_data(pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int,
     styles = [text.replace(UNK, "") for text in texts]
     clip = encode(build_tokenizer(vocabulary, "style"), styles, LENGTH).view(len(pairs), -1, LENGTH)
     t5 = encode(build_tokenizer(vocabulary, "things"), texts, LENGTH).view(len(pairs), -1, LENGTH)
-    return Data(latents, named, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
+    others = other_styles(pairs).to(group.device)
+    return Data(latents, named, others, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
 
 
 def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype) -> torch.Tensor:
@@ -141,6 +157,17 @@ def draw_pictures(data: Data, batch: int) -> torch.Tensor:
     return torch.where(torch.rand(batch, device=device) < EXTRA_SHARE, extra, named)
 
 
+def draw_below(data: Data, pairs: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """Places of the pictures to put below the noise: a share of them another style's.
+
+    The caption's style then contradicts what shows through, so that the model learns to draw what it sees in the
+    style that it reads, on the unnamed pictures too, where no name tells it the result.
+    """
+    other = data.others[pairs, torch.randint(data.others.shape[1], pairs.shape, device=pairs.device)]
+    swap = (torch.rand_like(times) < SWAP_SHARE) & (times >= SWAP_FROM)
+    return torch.where(swap, other, pairs)
+
+
 def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(tokens, (0, length - tokens.shape[-1]))
 
@@ -156,13 +183,15 @@ def loss_of(
     captions = torch.multinomial(data.shares, batch, replacement=True)
     x0 = clean[pairs].float()
     noise = torch.randn_like(x0)
-    noisy = torch.lerp(x0, noise, times[:, None, None]).to(clean.dtype)
+    t = times[:, None, None]
+    below = clean[draw_below(data, pairs, times)].float()
+    noisy = torch.lerp(below, noise, t).to(clean.dtype)
 
     def predict(network: Model, variants: torch.Tensor) -> torch.Tensor:
         text = network.read(data.clip_tokens[pairs, variants], pad(data.t5_tokens[pairs, variants], length))
         return network(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
 
-    target = noise - x0
+    target = noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (below - x0)  # (noisy - x0) / t
     if teacher is not None:
         target = teacher.guided(target, captions, pairs < data.named, predict)
     return F.mse_loss(predict(model, captions).float(), target)
