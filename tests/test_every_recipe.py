@@ -24,6 +24,8 @@ def small(name: str, **changes: Any) -> Recipe:
     recipe = with_tiles(recipe, (1, 4, 4), (1, 2, 3))
     if recipe.order.kind == "kmeans":
         recipe = recipe.override(queries=5, keys=14, first=3)
+    if recipe.order.kind == "hilbert" and recipe.order.key_run:
+        recipe = recipe.override(block_q=32, key_run=16)
     return recipe.override(**changes)
 
 
@@ -142,7 +144,7 @@ def test_guidance_branches_share_nothing(name: str) -> None:
     assert differs or recipe.heads is not None  # few patterns: heads of both branches may choose alike
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [*STATEFUL, "hilbert-ear"])
 def test_what_is_kept_is_what_was_declared(name: str) -> None:
     from dit_accel.layout import TokenLayout
     from dit_accel.sparsity.state import state_bytes

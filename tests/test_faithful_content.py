@@ -117,6 +117,51 @@ def test_sparge(layout: TokenLayout, trust: float) -> None:
     assert (seen != {0}) == (trust > 0)
 
 
+@pytest.mark.parametrize("p", [0.3, 0.5])
+@pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
+def test_hilbert_ear(layout: TokenLayout, p: float) -> None:
+    """Runs of a curve, those of keys shorter; most error per token first; means stand for the others."""
+    parts = 2 * block_of(layout) // 16
+    recipe = resolve("hilbert-ear", p=p, key_run=16, least=0.0, block_q=16 * parts, block_k=16 * parts)
+    out, plan, q, k, v = made(recipe, layout, structured=True)
+    line, grid = along(layout, "hilbert"), torch.tensor(on_grid(layout))
+    queries, keys = cut(line, 16 * parts), cut(line, 16)
+    sizes = [len(group) for group in keys]
+    moved, stands = 0, 0
+    for b, h in samples(layout):
+        chosen = set()
+        mean_k, mean_v = means(k[b, :, h], keys).double(), means(v[b, :, h], keys).double()
+        for r, group in enumerate(queries):
+            mean = q[b, group, h].double().mean(0) / 4
+            exps, logits = (k[b, :, h].double() @ mean).exp(), mean_k @ mean
+            errors = [
+                float((exps[unit] @ v[b, unit, h].double() - len(unit) * logits[c].exp() * mean_v[c]).norm())
+                / float(exps[grid].sum())
+                / len(unit)
+                for c, unit in enumerate(keys)
+            ]
+            own = set(range(parts * r, min(parts * (r + 1), len(keys))))
+            order = sorted(range(len(keys)), key=lambda c: (c not in own, -errors[c]))
+            worth = logits + torch.tensor(sizes).log()
+            as_top_p = top_p(worth.softmax(0), p) | own
+            taken = fill(order, sizes, sum(sizes[c] for c in as_top_p)) | own
+            moved += taken != as_top_p
+            chosen |= {(r, c) for c in taken}
+        mask = plan.to_mask()[b, h]
+        expect_groups(mask, queries, keys, chosen)
+        for i in range(0, layout.length, 7):
+            seen = mask[i]
+            skipped = [c for c, unit in enumerate(keys) if not seen[unit].any()]
+            stands += len(skipped)
+            scores = [k[b, seen, h].double() @ q[b, i, h].double() / 4]
+            scores += [(mean_k[c] @ q[b, i, h].double() / 4 + math.log(sizes[c]))[None] for c in skipped]
+            values = torch.cat([v[b, seen, h].double(), mean_v[skipped]])
+            gold = torch.cat(scores).softmax(0) @ values
+            torch.testing.assert_close(out[b, i, h].double(), gold, rtol=1e-4, atol=1e-5)
+    assert moved > 0
+    assert stands > 0
+
+
 @pytest.mark.parametrize(("layout", "segment"), [*itertools.product(LAYOUTS, [0, 48, 60]), (ODD, 500)], ids=str)
 def test_pbs(layout: TokenLayout, segment: int) -> None:
     """Keys sorted by the attention of sampled queries inside segments of a curve; pooled; top-p."""

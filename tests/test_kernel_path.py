@@ -15,7 +15,7 @@ from dit_accel.step import StepInfo
 
 LAYOUT = TokenLayout(grid=(1, 7, 9), text=5)
 NAMES = ["balanced", "draft", "jenga", "sparge", "rectified"]
-NAMES += ["xattention", "pbs", "minference", "double-sparsity", "hip", "sale", "svg-ear"]
+NAMES += ["xattention", "pbs", "minference", "double-sparsity", "hip", "sale", "svg-ear", "hilbert-ear"]
 
 
 @pytest.mark.parametrize(
@@ -31,17 +31,20 @@ NAMES += ["xattention", "pbs", "minference", "double-sparsity", "hip", "sale", "
         "minference",
         "double-sparsity",
         "svg-ear",
+        "hilbert-ear",
     ],
 )
 @torch.no_grad()
 def test_decides_and_computes_as_torch(name: str) -> None:
     """Budgets by row and by head, top-p, likeness, a correction, runs, sampled rows, maxima; a kept decision too."""
-    asked = {"density": 0.5} if name == "svg-ear" else {}  # else it keeps all of so few clusters
+    asked = {"density": 0.5} if name.endswith("-ear") else {}  # else it keeps all of so few clusters
     recipe = resolve(name, block_q=16, block_k=16, dense_steps=0, adaptive=False, every=2, **asked)
     if recipe.order.kind == "tile":
         recipe = recipe.override(picture=(1, 4, 4))
     if name in ("xattention", "pbs"):
         recipe = recipe.override(p=0.5)  # so few units would all be taken
+    if name == "hilbert-ear":
+        recipe = recipe.override(block_q=32, key_run=16)
     q, k, v = torch.randn(3, 1, LAYOUT.length, 1, 16)
     made = {}
     for backend in ("triton", "reference"):

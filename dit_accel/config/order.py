@@ -9,6 +9,7 @@ from pydantic import Field
 from .base import Config, Count, Tile
 
 Axes = Literal["fhw", "fwh", "hfw", "hwf", "wfh", "whf"]
+KeyRun = Literal[0, 16, 32, 64]
 
 
 class RasterOrder(Config, frozen=True):
@@ -42,15 +43,20 @@ class TileOrder(Config, frozen=True):
 
 
 class HilbertOrder(Config, frozen=True):
-    """Runs of a Hilbert curve."""
+    """Runs of a Hilbert curve.
+
+    `key_run`: keys are chosen in shorter runs of so many tokens, 0: in runs as long as those of the queries.
+    """
 
     kind: Literal["hilbert"] = "hilbert"
+    key_run: KeyRun = 0
 
 
 class GilbertOrder(Config, frozen=True):
-    """Runs of a generalised Hilbert curve, which fits any box without gaps."""
+    """Runs of a generalised Hilbert curve, which fits any box without gaps; `key_run` as there."""
 
     kind: Literal["gilbert"] = "gilbert"
+    key_run: KeyRun = 0
 
 
 class ImportanceOrder(Config, frozen=True):

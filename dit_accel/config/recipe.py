@@ -13,8 +13,8 @@ from .base import Block, Config, Count, Density, Share
 from .check import build
 from .correct import Correct
 from .heads import HeadChoice
-from .order import ImportanceOrder, KMeansOrder, Order, RasterOrder
-from .score import GeometryScore, Score
+from .order import GilbertOrder, HilbertOrder, ImportanceOrder, KMeansOrder, Order, RasterOrder
+from .score import GeometryScore, PooledScore, Score
 from .select import Keeps, Select, TopKSelect
 
 AXES = ("order", "score", "select", "keeps", "correct")
@@ -277,6 +277,8 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
     if select.kind == "threshold" and score.kind != "low-bit":
         raise ValueError("select 'threshold' holds a share of attention against a limit, so it needs score 'low-bit'")
     content = order.kind in ("importance", "kmeans")
+    if isinstance(order, HilbertOrder | GilbertOrder) and order.key_run:
+        _check_key_run(score, select, option)
     if select.kind == "lines" and (order.kind != "tile" or score.kind != "sampled"):
         raise ValueError("select 'lines' follows displacements of tiles, so it needs order 'tile' and score 'sampled'")
     if score.kind == "sampled" and order.kind == "kmeans":
@@ -308,3 +310,14 @@ def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option
         raise ValueError("select 'radial' works frame by frame, so it needs order {kind: axes, whole: true}")
     if select.kind == "none" and not option:
         raise ValueError("select 'none' is an option of heads only")
+
+
+def _check_key_run(score: Score, select: Select, option: bool) -> None:
+    if option:
+        raise ValueError("an option of heads shares its units with the others, so its order has no key_run")
+    if select.geometric:
+        raise ValueError(f"select {select.kind!r} goes by the places of whole units, so its order has no key_run")
+    if not (isinstance(score, PooledScore) and score.softmax and score.weigh):
+        raise ValueError(
+            "order.key_run makes keys lie in units of other sizes, so it needs score {kind: pooled, weigh: true}"
+        )

@@ -231,9 +231,9 @@ def _by_place(tiles: Tiling, select: Select, keeps: Keeps, device: torch.device)
 
 @lru_cache(maxsize=64)
 def _grid_keep(tiling: Tiling, keeps: Keeps, device: torch.device) -> torch.Tensor:
-    """Return the grid's part of `keep_mask`, bool [units on a grid, units on a grid], made once a device."""
+    """Return the grid's part of `keep_mask`, bool [query units, key units on a grid], made once a device."""
     grid = tiling.on(device).grid_units
-    return keep_mask(tiling, keeps, device)[grid[:, None], grid]
+    return keep_mask(tiling, keeps, device)[grid[:, None], grid].repeat_interleave(tiling.key_parts, -1)
 
 
 @lru_cache(maxsize=16)

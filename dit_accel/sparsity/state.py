@@ -41,7 +41,7 @@ def _of_decisions(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, d
     tiling = tiling_for(recipe, layout)
     if isinstance(recipe.order, KMeansOrder):
         return batch * heads * _of_clusters(recipe, recipe.order, layout, dim)
-    bits = tiling.units * -(-tiling.units // 8)
+    bits = tiling.units * -(-tiling.units * tiling.key_parts // 8)
     if not isinstance(recipe.order, ImportanceOrder):
         return batch * heads * bits
     # sorted runs may end ragged at each segment, so each unit may need a block of its own beside the tokens

@@ -306,6 +306,14 @@ BY_CLUSTER = _by_name(
 
 CORRECTED = _by_name(
     Recipe(
+        name="hilbert-ear",
+        order=HilbertOrder(key_run=32),
+        score=PooledScore(weigh=True),
+        select=ErrorSelect(p=0.9, least=0.1),
+        correct=CentroidCorrect(),
+        sources=(papers.EAR, papers.SPARGE),
+    ),
+    Recipe(
         name="rectified",
         order=GilbertOrder(),
         score=PooledScore(weigh=True),

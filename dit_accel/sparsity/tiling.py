@@ -21,6 +21,7 @@ BLOCKS = (128, 64, 32, 16)
 class Tiling:
     """Units of one layout under one order; all units have `unit` slots, a slot holds a token or a hole (-1).
 
+    Keys are chosen in `key_parts` equal parts of a unit, each of them a unit of the keys' side of the cut.
     `slots` [units * unit] token indices; `tokens` [units] real tokens; `grid` [units] whether the unit lies on a
     grid (else text); `position` [units, 3] in unit lengths; `first_frame` and `sink_rank` [units] for keeps.
     """
@@ -36,6 +37,7 @@ class Tiling:
     first_frame: npt.NDArray[np.bool_]
     sink_rank: npt.NDArray[np.int64]
     side: orders.Shape | None = None  # of a tile, None where units are no tiles of a lattice
+    key_parts: int = 1
 
     @property
     def units(self) -> int:
@@ -76,32 +78,37 @@ def _upload(tiling: Tiling, device: torch.device) -> DeviceTiling:
         grid=torch.from_numpy(tiling.grid).to(device),
         grid_units=torch.from_numpy(tiling.grid.nonzero()[0]).to(device),
         position=torch.from_numpy(tiling.position).to(device, torch.float32),
-        cut=Cut(tiling.layout.length, _side(tiling, tiling.block_q, device), _side(tiling, tiling.block_k, device)),
+        cut=Cut(
+            tiling.layout.length,
+            _side(tiling, tiling.block_q, 1, device),
+            _side(tiling, tiling.block_k, tiling.key_parts, device),
+        ),
     )
 
 
-def _side(tiling: Tiling, block: int, device: torch.device) -> Side:
+def _side(tiling: Tiling, block: int, parts: int, device: torch.device) -> Side:
     """Return the queries' or keys' side of a static cut; nothing of it belongs to a batch row or head."""
+    units, unit = tiling.units * parts, tiling.unit // parts
     tokens = torch.from_numpy(tiling.tokens_per_block(block)).to(device)
-    owner = torch.arange(tiling.units, device=device).repeat_interleave(tiling.unit // block)
+    owner = torch.arange(units, device=device).repeat_interleave(unit // block)
     slots = torch.from_numpy(tiling.slots).to(device)
     if tiling.identity:  # without an order the kernel counts blocks from the lengths, so drop what is beyond them
         blocks = -(-tiling.layout.length // block)
         tokens, owner, slots = tokens[:blocks], owner[:blocks], slots[: blocks * block]
     whole = bool(((tokens == 0) | (tokens == block)).all())
-    on_grid = tiling.grid.nonzero()[0]
+    on_grid = tiling.grid.repeat(parts).nonzero()[0]
     span = (int(on_grid[0]), int(on_grid[-1]) + 1)
     grid = torch.from_numpy(on_grid).to(device)
     return Side(
         block=block,
-        units=tiling.units,
+        units=units,
         slots=slots[None, None],
         owner=owner[None, None],
         tokens=tokens[None, None],
         grid=grid,
         identity=tiling.identity,
         whole=whole,
-        per=tiling.unit // block,
+        per=unit // block,
         span=span if span[1] - span[0] == len(on_grid) else None,
     )
 
@@ -128,6 +135,8 @@ def tiling(
     longest = int(np.prod(side)) if side else max(block_q, block_k)
     block_q, block_k = _fit_block(longest, block_q), _fit_block(longest, block_k)
     unit = -(-longest // max(block_q, block_k)) * max(block_q, block_k)
+    key_run = order.key_run if isinstance(order, HilbertOrder | GilbertOrder) and order.key_run else unit
+    block_k = min(block_k, key_run)
     units: list[_Unit] = []
     for start, segment in layout.spans():
         if isinstance(segment, Grid):
@@ -152,6 +161,7 @@ def tiling(
         first_frame=np.array([u.first_frame for u in units]),
         sink_rank=np.array([u.sink_rank for u in units]),
         side=side if lattice else None,
+        key_parts=max(unit // key_run, 1),
     )
 
 
