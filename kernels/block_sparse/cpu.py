@@ -13,11 +13,10 @@ from .problem import Problem
 from .reference import Rows, admitted, block_tokens
 
 CHUNK = 1 << 24  # elements of gathered keys that are attended at once: bounds memory
-SLACK = 1.25  # lists of one chunk may differ in length by this much; the shorter ones are padded with masked keys
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Attend all query blocks of similar list length in one batch; cost follows the number of kept keys.
+    """Attend all query blocks of one list length in one batch; cost follows the number of kept keys.
 
     Shapes as in `block_sparse_attention`. Arithmetic is that of torch's CPU attention in the dtype of the inputs.
     """
@@ -47,12 +46,13 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _KeyBlocks:
-    """Key blocks of all heads, one after the other; each head's last one is empty and fills up short lists."""
+    """Key blocks of all heads, one after the other."""
 
     keys: Tensor  # [B * H * per_head, bk, D]; masked keys are zero, since no weight silences a NaN
     values: Tensor
     tokens: Tensor  # [B * H * per_head, bk], -1 for none
-    bias: Tensor | None  # [B * H * per_head, bk], -inf for none; None where every listed key counts alike
+    bias: Tensor  # [B * H * per_head, bk], -inf for none
+    plain: Tensor  # [B * H * per_head], whether the keys of a block all count alike
     per_head: int
 
 
@@ -76,44 +76,38 @@ def _key_blocks(problem: Problem) -> _KeyBlocks:
     slots = length if problem.k_order is None else problem.k_order.shape[-1]
     blocks = -(-slots // problem.block_k)
     tokens = block_tokens(problem.k_order, blocks, problem.block_k, length, k.device).expand(batch, heads, -1, -1)
-    tokens = torch.nn.functional.pad(tokens, (0, 0, 0, 1), value=-1).flatten(2)
+    tokens = tokens.flatten(2)
     bias = torch.zeros(1, 1, 1, dtype=problem.q.dtype) if problem.key_bias is None else problem.key_bias
     bias = bias.to(problem.q.dtype).expand(batch, heads, length).gather(2, tokens.clamp(min=0))
     bias = bias.masked_fill(tokens < 0, -math.inf)
     hidden = (bias == -math.inf).unsqueeze(-1)
-    shape = (batch * heads * (blocks + 1), problem.block_k)
+    shape = (batch * heads * blocks, problem.block_k)
     keys, values = (
         Rows(x, heads, x.dtype).take(tokens).masked_fill_(hidden, 0).view(*shape, -1) for x in (k, problem.v)
     )
-    alike = problem.key_bias is None and _same_length(problem) and not bool(hidden[:, :, : -problem.block_k].any())
-    return _KeyBlocks(keys, values, tokens.reshape(shape), None if alike else bias.view(shape), blocks + 1)
-
-
-def _same_length(problem: Problem) -> bool:
-    used = problem.count.clamp(max=problem.index.shape[3])
-    return bool((used == used.flatten()[0]).all())
+    bias = bias.view(shape)
+    return _KeyBlocks(keys, values, tokens.reshape(shape), bias, (bias == 0).all(-1), blocks)
 
 
 def _lists(problem: Problem, per_head: int) -> _Lists:
     batch, heads = problem.q.shape[0], problem.q.shape[2]
     width = problem.index.shape[3]
     count = problem.count.clamp(max=width).long().expand(batch, heads, -1)
-    unused = torch.arange(width) >= count[..., None]
-    index = problem.index.long().expand(batch, heads, -1, -1).masked_fill(unused, per_head - 1)
+    index = problem.index.long().expand(batch, heads, -1, -1)
     first = torch.arange(batch * heads).view(batch, heads, 1, 1) * per_head
     full = torch.zeros_like(count) if problem.full_count is None else problem.full_count.long().expand_as(count)
     return _Lists((index + first).view(-1, width), count.flatten(), full.flatten())
 
 
 def _chunks(count: Tensor, per_block: int) -> Iterator[tuple[Tensor, int]]:
-    """Query blocks of similar list length, with the longest of them; those without any key are left out."""
+    """Query blocks of one list length, with that length; those without any key are left out."""
     order = count.argsort(stable=True)
     lengths = count[order].tolist()
     stop = len(lengths)
     while stop and lengths[stop - 1]:
         width = lengths[stop - 1]
         start, most = stop, max(1, CHUNK // (width * per_block))
-        while start and stop - start < most and lengths[start - 1] * SLACK >= width:
+        while start and stop - start < most and lengths[start - 1] == width:
             start -= 1
         yield order[start:stop], width
         stop = start
@@ -123,13 +117,10 @@ def _mask(
     problem: Problem, q_tokens: Tensor, blocks: _KeyBlocks, lists: _Lists, rows: Tensor, picked: Tensor
 ) -> Tensor | None:
     """Added to the logits of a chunk, [n, 1, bq, keys], -inf for pairs that may not attend; None for nothing."""
-    if blocks.bias is None and problem.predicate is None:
+    if problem.predicate is None and bool(blocks.plain[picked].all()):
         return None
     cols = blocks.tokens[picked].flatten(1)
-    if blocks.bias is None:
-        bias = torch.zeros(1, 1, 1, dtype=problem.q.dtype)
-    else:
-        bias = blocks.bias[picked].flatten(1)[:, None, None]
+    bias = blocks.bias[picked].flatten(1)[:, None, None]
     bias = bias.expand(len(rows), 1, problem.block_q, cols.shape[1])
     if problem.predicate is None:
         return bias
