@@ -121,7 +121,7 @@ def test_sparge(layout: TokenLayout, trust: float) -> None:
 @pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
 def test_hilbert_ear(layout: TokenLayout, p: float) -> None:
     """Runs of a curve, those of keys shorter; most error per token first; means stand for the others."""
-    parts = 2 * block_of(layout) // 16
+    parts = 4 if block_of(layout) == 64 else 2
     recipe = resolve("hilbert-ear", p=p, key_run=16, least=0.0, block_q=16 * parts, block_k=16 * parts)
     out, plan, q, k, v = made(recipe, layout, structured=True)
     line, grid = along(layout, "hilbert"), torch.tensor(on_grid(layout))

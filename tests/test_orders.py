@@ -116,3 +116,16 @@ def test_raster_without_holes_needs_no_order() -> None:
     assert tiling(TokenLayout(grid=(1, 5, 5)), RasterOrder(), 16, 16).identity
     assert not tiling(TokenLayout(grid=(1, 8, 16), text=5), RasterOrder(), 64, 64).identity
     assert not tiling(TokenLayout(grid=(1, 8, 16)), HilbertOrder(), 64, 64).identity
+
+
+@pytest.mark.parametrize(
+    ("cells", "runs"),
+    [(75600, (128, 64)), (32768, (128, 64)), (32767, (128, 32)), (4096, (128, 16)), (4095, (64, 16)), (9, (64, 16))],
+)
+def test_runs_shrink_with_the_grid(cells: int, runs: tuple[int, int]) -> None:
+    assert orders.fit_runs(cells, 128, 64) == runs
+
+
+def test_runs_stay_as_short_as_asked() -> None:
+    assert orders.fit_runs(75600, 32, 64) == (32, 32)
+    assert orders.fit_runs(9, 32, 16) == (32, 16)

@@ -45,7 +45,8 @@ class TileOrder(Config, frozen=True):
 class HilbertOrder(Config, frozen=True):
     """Runs of a Hilbert curve.
 
-    `key_run`: keys are chosen in shorter runs of so many tokens, 0: in runs as long as those of the queries.
+    `key_run`: keys are chosen in shorter runs of so many tokens, both halved where a grid is small; 0: in runs as long
+    as those of the queries.
     """
 
     kind: Literal["hilbert"] = "hilbert"

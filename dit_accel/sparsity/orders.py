@@ -121,3 +121,16 @@ def fit_tile(grid: Shape, size: Shape, least_units: int = 32, least_tokens: int 
         axis = max(range(3), key=lambda a: side[a])
         side[axis] = -(-side[axis] // 2)
     return (side[0], side[1], side[2])
+
+
+def fit_runs(cells: int, queries: int, keys: int, least_units: int = 32, least_keys: int = 512) -> tuple[int, int]:
+    """Halve runs of queries and of keys on a small grid until it holds enough of them, to 64 and 16 tokens at least.
+
+    Means of short runs stand better for what is skipped; on long grids there would be too many of them to weigh.
+    """
+    while cells < least_units * queries and queries >= 128:
+        queries //= 2
+    keys = min(keys, queries)
+    while cells < least_keys * keys and keys >= 32:
+        keys //= 2
+    return queries, keys

@@ -307,7 +307,7 @@ BY_CLUSTER = _by_name(
 CORRECTED = _by_name(
     Recipe(
         name="hilbert-ear",
-        order=HilbertOrder(key_run=32),
+        order=HilbertOrder(key_run=64),
         score=PooledScore(weigh=True),
         select=ErrorSelect(p=0.9, least=0.1),
         correct=CentroidCorrect(),

@@ -132,11 +132,11 @@ def tiling(
     """
     side = _tile(layout.main, order) if isinstance(order, TileOrder) else None
     lattice = isinstance(order, TileOrder) and not order.packed
-    longest = int(np.prod(side)) if side else max(block_q, block_k)
-    block_q, block_k = _fit_block(longest, block_q), _fit_block(longest, block_k)
+    longest = key_run = int(np.prod(side)) if side else max(block_q, block_k)
+    if isinstance(order, HilbertOrder | GilbertOrder) and order.key_run:
+        longest, key_run = orders.fit_runs(layout.main.length, longest, order.key_run)
+    block_q, block_k = _fit_block(longest, block_q), _fit_block(min(longest, key_run), block_k)
     unit = -(-longest // max(block_q, block_k)) * max(block_q, block_k)
-    key_run = order.key_run if isinstance(order, HilbertOrder | GilbertOrder) and order.key_run else unit
-    block_k = min(block_k, key_run)
     units: list[_Unit] = []
     for start, segment in layout.spans():
         if isinstance(segment, Grid):
@@ -161,7 +161,7 @@ def tiling(
         first_frame=np.array([u.first_frame for u in units]),
         sink_rank=np.array([u.sink_rank for u in units]),
         side=side if lattice else None,
-        key_parts=max(unit // key_run, 1),
+        key_parts=max(longest // key_run, 1),
     )
 
 
