@@ -1,9 +1,11 @@
 """Measure from which length on a planned sparse attention call beats dense, and write the presets' table.
 
-    python -m dit_accel.eval.bench_crossover [--out dit_accel/sparsity/crossover.json] [--quick] [--commit HASH]
+    python -m dit_accel.eval.bench_crossover [--out dit_accel/sparsity/crossover.json] [--recipe NAME] [--quick]
+        [--commit HASH]
 
-Dense is torch's scaled_dot_product_attention with its default backend; sparse holds decision, index lists and kernel,
-with the presets' own axes. Rows of other device types already in the file are kept.
+Dense is torch's scaled_dot_product_attention with its default backend; sparse holds decision, index lists, kernel and
+correction, with the presets' own axes or another recipe's (then name another `--out`). Rows of other device types
+already in the file are kept.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dit_accel.attend import run
 from dit_accel.config import Recipe
 from dit_accel.eval.source import provenance
 from dit_accel.layout import TokenLayout
+from dit_accel.sparsity.correct import corrected
 from dit_accel.sparsity.crossover import TABLE
 from dit_accel.sparsity.decide import decide
 from dit_accel.sparsity.inputs import Inputs
@@ -53,12 +56,12 @@ def timed_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> flo
     return statistics.median(spans)
 
 
-def measure(side: int, density: float, device: torch.device, repeats: int) -> dict[str, float]:
+def measure(name: str, side: int, density: float, device: torch.device, repeats: int) -> dict[str, float]:
     """Time one attention call over a picture of side x side tokens, dense and sparse."""
     heads, dim, dtype = SHAPES[device.type]
     layout = TokenLayout(grid=(1, side, side))
     q, k, v = (torch.randn(1, layout.length, heads, dim, device=device, dtype=dtype) for _ in range(3))
-    recipe = resolve("balanced", density=density)
+    recipe = resolve(name, density=density, adaptive=False)
 
     def dense() -> torch.Tensor:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -75,8 +78,10 @@ def measure(side: int, density: float, device: torch.device, repeats: int) -> di
 
 
 def _planned(recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    decision = decide(recipe, Inputs(layout, q, k, v, 1 / math.sqrt(q.shape[-1])))
-    return run(from_units(decision.mask, decision.cut), q, k, v)
+    inputs = Inputs(layout, q, k, v, 1 / math.sqrt(q.shape[-1]))
+    decision = decide(recipe, inputs)
+    plan = from_units(decision.mask, decision.cut)
+    return run(corrected(plan, recipe.correct, decision.cut, decision.mask, inputs), q, k, v)
 
 
 def write(path: Path, device: torch.device, commit: str, rows: list[dict[str, float]]) -> None:
@@ -92,13 +97,14 @@ def write(path: Path, device: torch.device, commit: str, rows: list[dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--recipe", default="balanced", help="whose axes are timed")
     parser.add_argument("--quick", action="store_true", help="two sizes, for a look")
     parser.add_argument("--commit", default="", help="what to write where the checkout is no git repository")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sides = SIDES[device.type][:2] if options.quick else SIDES[device.type]
     jobs = [(side, density) for side in sides for density in DENSITIES]
-    rows = [measure(side, density, device, 7) for side, density in track(jobs, "measuring")]
+    rows = [measure(options.recipe, side, density, device, 7) for side, density in track(jobs, "measuring")]
     table = Table("tokens", "density", "dense ms", "sparse ms", "dense / sparse")
     for row in rows:
         gain = row["dense_ms"] / row["sparse_ms"]

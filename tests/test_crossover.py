@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dit_accel.eval import bench_crossover
 from dit_accel.sparsity.crossover import crossover_tokens, expected_gain, slower_reason, table
 
 ROWS = [
@@ -56,3 +57,11 @@ def test_the_crossover_lies_where_the_gain_passes_one(kind: str) -> None:
 
 def test_nothing_measured_has_no_crossover() -> None:
     assert crossover_tokens(0.2, torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("name", ["balanced", "hilbert-ear"])
+def test_a_row_is_measured_for_any_recipe(name: str) -> None:
+    row = bench_crossover.measure(name, 8, 0.5, torch.device("cpu"), repeats=1)
+    assert row["tokens"] == 64
+    assert row["density"] == 0.5
+    assert min(row.values()) > 0
