@@ -31,7 +31,7 @@ PROMPTS = (
     "monkey face, fluent 3d style",
 )
 CLIP_PROMPTS = ("a taco sliding left, noto style",)
-RECIPE, DENSITIES = "draft", (0.5, 0.3)
+RECIPE, DENSITIES = "hilbert-ear", (0.5, 0.3)
 CPU_CLIP_STEPS = 10
 SHEET = "side-by-side"
 MARK = "demo"  # in the metadata of what this module wrote, and may therefore write again
