@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,18 @@ def test_demo_keeps_files_that_it_did_not_make(model: Path, tmp_path: Path, name
     assert (tmp_path / name).read_bytes() == b"mine"
 
 
-def test_demo_makes_a_clip_too(model: Path, clip_model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def larger_clip_model(clip_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clip model, asked for clips of more tokens than a run of queries has: there is something to skip."""
+    folder = tmp_path_factory.mktemp("larger") / clip_model.name
+    shutil.copytree(clip_model, folder)
+    defaults = json.loads((folder / "dit_accel.json").read_text())
+    (folder / "dit_accel.json").write_text(json.dumps(defaults | {"height": 128, "width": 160}))
+    return folder
+
+
+def test_demo_makes_a_clip_too(model: Path, larger_clip_model: Path, tmp_path: Path) -> None:
+    clip_model = larger_clip_model
     result = run(model, tmp_path, "--clip-model", str(clip_model))
     assert result.exit_code == 0, result.output
     names = {path.name for path in tmp_path.iterdir() if path.suffix == ".gif"}
