@@ -7,10 +7,10 @@ import torch
 from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
 from dit_accel.errors import ConfigError
+from dit_accel.sparsity.cut import Cut
 from dit_accel.sparsity.decide import grid_share, tiling_for
 from dit_accel.sparsity.plan import Plan, from_units
 from dit_accel.sparsity.planner import Planner
-from dit_accel.sparsity.tiling import Tiling
 from dit_accel.truth import block_mass
 
 
@@ -30,27 +30,32 @@ class OraclePlanner(Planner):
 
     def plan(self, call: AttentionCall) -> Plan:
         tiling = tiling_for(self.recipe, call.layout)
-        slots = tiling.on(call.q.device).slots[None, None]
-        mass = block_mass(call, slots, slots, tiling.unit, tiling.unit)
-        return from_units(best_units(mass, tiling, self._density), tiling.on(call.q.device).cut)
+        uploaded = tiling.on(call.q.device)
+        slots = uploaded.slots[None, None]
+        mass = block_mass(call, slots, slots, tiling.unit, tiling.unit // tiling.key_parts)
+        return from_units(best_units(mass, uploaded.cut, grid_share(call.layout, self._density)), uploaded.cut)
 
 
-def best_units(mass: torch.Tensor, tiling: Tiling, density: float) -> torch.Tensor:
-    """Return the unit mask, bool [B, H, units, units], of most `mass` a pair at a density over all pairs."""
-    uploaded = tiling.on(mass.device)
-    grid, tokens = uploaded.grid_units, uploaded.tokens
-    pairs = (tokens[grid, None] * tokens[grid]).flatten()
-    worth = (mass[..., grid[:, None], grid[None]].flatten(-2) / pairs).nan_to_num(nan=float("inf"))
+def best_units(mass: torch.Tensor, cut: Cut, share: float) -> torch.Tensor:
+    """Return the unit mask, bool [B, H, query units, key units], of most `mass` a pair at a share of the grid's pairs.
+
+    `cut` lies all heads and samples alike.
+    """
+    rows, cols = cut.q.grid, cut.k.grid
+    pairs = (cut.q.grid_weights[0, 0][:, None] * cut.k.grid_weights[0, 0]).flatten()
+    worth = (mass[..., rows[:, None], cols].flatten(-2) / pairs.clamp(min=1)).nan_to_num(nan=float("inf"))
     order = worth.argsort(dim=-1, descending=True, stable=True)
     spent = pairs.expand_as(worth).gather(-1, order)
-    taken = spent.cumsum(-1) - spent / 2 <= grid_share(tiling.layout, density) * pairs.sum()
-    chosen = torch.zeros_like(taken).scatter_(-1, order, taken).unflatten(-1, (len(grid), len(grid)))
-    mask = torch.ones(*mass.shape[:2], tiling.units, tiling.units, dtype=torch.bool, device=mass.device)
-    mask[..., grid[:, None], grid[None]] = chosen | _own(chosen)
+    taken = spent.cumsum(-1) - spent / 2 <= share * pairs.sum()
+    chosen = torch.zeros_like(taken).scatter_(-1, order, taken).unflatten(-1, (len(rows), len(cols)))
+    mask = torch.ones(*mass.shape[:2], cut.q.units, cut.k.units, dtype=torch.bool, device=mass.device)
+    mask[..., rows[:, None], cols] = chosen | _own(chosen)
     return mask
 
 
 def _own(chosen: torch.Tensor) -> torch.Tensor:
     """Give rows that nothing was chosen for their own unit: a query must see a key."""
+    rows, cols = chosen.shape[-2:]
     empty = ~chosen.any(-1, keepdim=True)
-    return empty & torch.eye(chosen.shape[-1], dtype=torch.bool, device=chosen.device)
+    own = torch.eye(rows, dtype=torch.bool, device=chosen.device)
+    return empty & own.repeat_interleave(cols // rows, -1)
