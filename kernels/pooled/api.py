@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from dit_accel.kernels.choice import wants_triton
 
 from .op import pooled_op
 
-Backend = Literal["triton", "reference"]
+Backend = Literal["triton", "cpu", "reference"]
 
 
 def pooled_attention(
@@ -35,8 +35,8 @@ def pooled_attention(
         allowed: bool [B|1, H|1, R, C].
         row: int64 [B|1, H|1, S], each query's row of `allowed`; its range is not checked: that would stall the device.
         scale: factor of the logits.
-        backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed. Triton rounds mean
-            keys and values to q's dtype, the reference does not.
+        backend: None takes Triton on CUDA where it can run, "cpu" on a CPU, else the reference; a name is obeyed. All
+            but the reference round mean keys and values to q's dtype.
 
     Returns:
         out [B, S, H, D] in q's dtype and lse float32 [B, H, S]. A query with no allowed group of tokens has out 0 and
@@ -51,14 +51,16 @@ def pooled_attention(
     if torch.compiler.is_compiling():
         return pooled_op(q, k, v, tokens, allowed, row, scale, backend)
     _check(q, k, v, tokens, allowed, row)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(q) else "reference")
+    if backend not in (None, *get_args(Backend)):
+        raise ValueError(f"backend is {backend!r}; known are {str(get_args(Backend))[1:-1]} and None (automatic)")
+    wanted = backend or ("triton" if wants_triton(q) else "cpu" if q.device.type == "cpu" else "reference")
     reasons = unsupported_reasons(wanted, q)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot attend with q {list(q.shape)}: {'; '.join(reasons)}")
     if wanted == "triton" and not reasons and q.numel() and k.shape[2]:
         from .triton import attend
+    elif wanted == "cpu" and not reasons and q.numel() and k.shape[2]:
+        from .cpu import attend
     else:
         from .reference import attend
     return attend(q, k, v, tokens, allowed, row, scale)
@@ -68,6 +70,8 @@ def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
     """Why a back end cannot take such queries; an empty list when it can."""
     if backend == "reference":
         return []
+    if backend == "cpu":
+        return [] if q.device.type == "cpu" else [f"the tensors lie on {q.device}"]
     try:
         from .triton import runs_on
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Attention to pooled keys: one table for both back ends."""
+"""Attention to pooled keys: one table for all back ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attention_gold import within_budget
 from dit_accel.kernels.pooled import pooled_attention
 
 BF16, HALF, FP32 = torch.bfloat16, torch.float16, torch.float32
-on_both = pytest.mark.parametrize("backend", ["reference", "triton"])
+on_all = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 
 
 def call(seed, *, batch=1, heads=2, length=45, dim=24, groups=11, rows=5, dtype=FP32, own=(1, 1), empty=False):
@@ -54,7 +54,8 @@ def slowly(given, dtype):
 
 
 def check(given, backend, device):
-    """The kernel rounds mean keys and values as it does queries; the reference need not."""
+    """The kernels round mean keys and values as they do queries; the reference need not."""
+    device = "cpu" if backend == "cpu" else device
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     out, lse = pooled_attention(**moved, backend=backend)
     assert (out.shape, out.dtype, lse.dtype) == (given["q"].shape, given["q"].dtype, FP32)
@@ -80,13 +81,13 @@ CASES = {
 }
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("case", CASES)
 def test_every_token_of_a_group_counts(case, backend, device):
     check(call(sorted(CASES).index(case), **CASES[case]), backend, device)
 
 
-@on_both
+@on_all
 def test_random_sweep(backend, device):
     rng = random.Random(7)
     for seed in range(6):
@@ -99,7 +100,7 @@ def test_random_sweep(backend, device):
         check(call(seed, **made), backend, device)
 
 
-@on_both
+@on_all
 def test_strided_queries_are_read_as_they_lie(backend, device):
     given = call(3)
     b, s, h, d = given["q"].shape
@@ -109,10 +110,22 @@ def test_strided_queries_are_read_as_they_lie(backend, device):
     check({**given, "q": strided}, backend, device)
 
 
-def test_both_back_ends_agree(device):
+def test_back_ends_agree(device):
     given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call(5, length=99).items()}
-    for a, b in zip(*(pooled_attention(**given, backend=name) for name in ("reference", "triton")), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    others = ("triton", "cpu") if device == "cpu" else ("triton",)
+    ours = [pooled_attention(**given, backend=name) for name in ("reference", *others)]
+    for out, lse in ours[1:]:
+        torch.testing.assert_close(out, ours[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, ours[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_takes_queries_in_parts_alike(monkeypatch):
+    from dit_accel.kernels.pooled import cpu
+
+    whole = pooled_attention(**call(5, length=99, empty=True), backend="cpu")
+    monkeypatch.setattr(cpu, "CHUNK", 11 * 2 * 13)
+    for part, all_at_once in zip(pooled_attention(**call(5, length=99, empty=True), backend="cpu"), whole, strict=True):
+        torch.testing.assert_close(part, all_at_once, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +138,7 @@ def test_both_back_ends_agree(device):
         ({"allowed": torch.zeros(1, 1, 5, 11)}, TypeError, "allowed is torch.float32"),
         ({"tokens": torch.ones(1, 1, 11, device="meta")}, ValueError, "tokens lies on meta"),
         ({"q": torch.zeros(1, 45, 2, 24, requires_grad=True)}, RuntimeError, "a gradient is asked for"),
-        ({"backend": "cpu"}, ValueError, "known are 'triton', 'reference'"),
+        ({"backend": "eager"}, ValueError, "known are 'triton', 'cpu', 'reference'"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, said):
