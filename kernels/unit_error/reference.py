@@ -22,28 +22,36 @@ def lengths(
     """Do a few queries at a time, in fp32, block by block; shapes as in `unit_error`."""
     b, h, _, d = queries.shape
     units = means_k.shape[2]
+    alike = slots.shape[:2] == (1, 1)  # of all heads
     slots = slots.expand(b, h, -1)
     first = torch.arange(0, slots.shape[2], block, device=k.device).expand(*bounds.shape[:2], -1).contiguous()
     owner = (torch.searchsorted(bounds.contiguous(), first, right=True) - 1).expand(b, h, -1)  # `units`: of none
     real = (slots >= 0).unflatten(-1, (-1, block)) & (owner < units)[..., None]
-    keys, values = (_by_block(x, slots, real) for x in (k, v))
+    keys, values = (_by_block(x, slots, real, alike) for x in (k, v))
+    single = owner.shape[2] == units and bool((owner == torch.arange(units, device=k.device)).all())  # a block a unit
     tokens = torch.zeros(b, h, units + 1, device=k.device).scatter_add_(-1, owner, real.sum(-1).float())[..., :units]
     to = owner[:, :, None, :, None].expand(-1, -1, 1, -1, d)
     out = [torch.zeros(b, h, 0, units, device=k.device)]
     for part in queries.split(max(1, BYTES // max(1, 4 * b * h * owner.shape[2] * (d + block))), 2):
-        logits = torch.einsum("bhrd,bhnsd->bhrns", part * scale, keys).masked_fill(~real[:, :, None], float("-inf"))
+        logits = torch.einsum("bhrd,bhnsd->bhrns", part * scale, keys).masked_fill_(~real[:, :, None], float("-inf"))
         top = logits.amax((-1, -2), keepdim=True)
         weights = (logits - top).exp()
-        exact = torch.zeros(b, h, part.shape[2], units + 1, d, device=k.device)
-        sums = torch.einsum("bhrns,bhnsd->bhrnd", weights, values)
-        exact.scatter_add_(3, to.expand(-1, -1, part.shape[2], -1, -1), sums)
+        exact = torch.einsum("bhrns,bhnsd->bhrnd", weights, values)
+        if not single:
+            empty = torch.zeros(b, h, part.shape[2], units + 1, d, device=k.device)
+            exact = empty.scatter_add_(3, to.expand(-1, -1, part.shape[2], -1, -1), exact)[:, :, :, :units]
         pooled = (part * scale @ means_k.mT - top[..., 0]).exp() * tokens[:, :, None]
-        error = (exact[:, :, :, :units] - pooled[..., None] * means_v[:, :, None]).norm(dim=-1)
+        error = exact.sub_(pooled[..., None] * means_v[:, :, None]).norm(dim=-1)
         out.append(error / weights.sum((-1, -2))[..., None])
     return torch.cat(out, 2)
 
 
-def _by_block(x: Tensor, slots: Tensor, real: Tensor) -> Tensor:
+def _by_block(x: Tensor, slots: Tensor, real: Tensor, alike: bool) -> Tensor:
     """Lay [B, S, H, D] into blocks, float32 [B, H, blocks, block, D], 0 in holes and in no unit."""
-    at = slots.clamp(min=0).long()[..., None].expand(-1, -1, -1, x.shape[3])
-    return x.transpose(1, 2).gather(2, at).float().unflatten(2, real.shape[2:]).masked_fill(~real[..., None], 0)
+    at = slots.clamp(min=0).long()
+    if alike:
+        picked = x[:, at[0, 0]].transpose(1, 2)
+    else:
+        picked = x.transpose(1, 2).gather(2, at[..., None].expand(-1, -1, -1, x.shape[3]))
+    picked = picked.float().unflatten(2, real.shape[2:])
+    return picked if real.all() else picked.masked_fill(~real[..., None], 0)
