@@ -131,4 +131,5 @@ class Bench:
 
 def all_pairs(recipe: Recipe) -> Recipe:
     """Return a recipe whose plans hold all pairs, in the blocks of the one given."""
-    return recipe.override(score={"kind": "geometry"}, select={"kind": "within", "radius": 4096}, name="all pairs")
+    score, select = {"kind": "pooled", "weigh": True}, {"kind": "top-p", "p": 1.0, "least": 1.0}
+    return recipe.override(score=score, select=select, name="all pairs")
