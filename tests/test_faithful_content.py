@@ -117,6 +117,46 @@ def test_sparge(layout: TokenLayout, trust: float) -> None:
     assert (seen != {0}) == (trust > 0)
 
 
+def errors_per_token(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[list[int]], keys: list[list[int]], grid: list[int]
+) -> torch.Tensor:
+    """Return how far each unit of keys errs by its means for the mean query of each unit, per token of the key unit."""
+    errors = torch.zeros(len(queries), len(keys), dtype=torch.float64)
+    for r, group in enumerate(queries):
+        exps = (k.double() @ q[group].double().mean(0) / 4).exp()
+        for c, unit in enumerate(keys):
+            pooled = len(unit) * (k[unit].double().mean(0) @ q[group].double().mean(0) / 4).exp()
+            missed = exps[unit] @ v[unit].double() - pooled * v[unit].double().mean(0)
+            errors[r, c] = missed.norm() / exps[grid].sum() / len(unit)
+    return errors
+
+
+@pytest.mark.parametrize(("density", "least"), [(0.5, 0.3), (0.35, 0.0), (0.35, 0.1)])
+@pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
+def test_a_density_goes_to_the_worst_errors_of_a_head(layout: TokenLayout, density: float, least: float) -> None:
+    """Own units and each row's worst first, then the pairs of most error per token of the head, until it is full."""
+    parts = 4 if block_of(layout) == 64 else 2
+    block = {"block_q": 16 * parts, "block_k": 16 * parts}
+    recipe = resolve("hilbert-ear", density=density, key_run=16, least=least, **block)
+    _, plan, q, k, v = made(recipe, layout, structured=True)
+    queries, keys = (cut(along(layout, "hilbert"), n) for n in (16 * parts, 16))
+    pairs, uneven = list(itertools.product(range(len(queries)), range(len(keys)))), 0
+    sizes = [len(queries[r]) * len(keys[c]) for r, c in pairs]
+    lengths = [len(key) for key in keys]
+    for b, h in samples(layout):
+        errors = errors_per_token(q[b, :, h], k[b, :, h], v[b, :, h], queries, keys, on_grid(layout))
+        share = grid_share(layout, density)
+        first = {(r, c) for r, c in pairs if c // parts == r}
+        for r, row in enumerate(errors):
+            worst = stable(row)
+            first |= {(r, c) for c in fill(worst, lengths, min(least, share / 2) * sum(lengths)) | {worst[0]}}
+        order = sorted(range(len(pairs)), key=lambda i: (pairs[i] not in first, -float(errors[pairs[i]])))
+        chosen = {pairs[i] for i in fill(order, sizes, share * sum(sizes))} | first
+        uneven += len({sum(r == row for r, _ in chosen) for row in range(len(queries))}) > 1
+        expect_groups(plan.to_mask()[b, h], queries, keys, chosen)
+    assert uneven
+
+
 @pytest.mark.parametrize("p", [0.3, 0.5])
 @pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
 def test_hilbert_ear(layout: TokenLayout, p: float) -> None:
@@ -124,24 +164,17 @@ def test_hilbert_ear(layout: TokenLayout, p: float) -> None:
     parts = 4 if block_of(layout) == 64 else 2
     recipe = resolve("hilbert-ear", p=p, key_run=16, least=0.0, block_q=16 * parts, block_k=16 * parts)
     out, plan, q, k, v = made(recipe, layout, structured=True)
-    line, grid = along(layout, "hilbert"), torch.tensor(on_grid(layout))
-    queries, keys = cut(line, 16 * parts), cut(line, 16)
+    queries, keys = (cut(along(layout, "hilbert"), n) for n in (16 * parts, 16))
     sizes = [len(group) for group in keys]
     moved, stands = 0, 0
     for b, h in samples(layout):
         chosen = set()
         mean_k, mean_v = means(k[b, :, h], keys).double(), means(v[b, :, h], keys).double()
+        errors = errors_per_token(q[b, :, h], k[b, :, h], v[b, :, h], queries, keys, on_grid(layout))
         for r, group in enumerate(queries):
-            mean = q[b, group, h].double().mean(0) / 4
-            exps, logits = (k[b, :, h].double() @ mean).exp(), mean_k @ mean
-            errors = [
-                float((exps[unit] @ v[b, unit, h].double() - len(unit) * logits[c].exp() * mean_v[c]).norm())
-                / float(exps[grid].sum())
-                / len(unit)
-                for c, unit in enumerate(keys)
-            ]
+            logits = mean_k @ q[b, group, h].double().mean(0) / 4
             own = set(range(parts * r, min(parts * (r + 1), len(keys))))
-            order = sorted(range(len(keys)), key=lambda c: (c not in own, -errors[c]))
+            order = sorted(range(len(keys)), key=lambda c: (c not in own, -float(errors[r, c])))
             worth = logits + torch.tensor(sizes).log()
             as_top_p = top_p(worth.softmax(0), p) | own
             taken = fill(order, sizes, sum(sizes[c] for c in as_top_p)) | own

@@ -41,11 +41,18 @@ def select(
     least: float | torch.Tensor,
     asked: float | None,
 ) -> torch.Tensor:
-    """Take in each row as many key tokens as top-p would (or its density), those of most error per cost first."""
+    """Take in each row as many key tokens as top-p would, those of most error per token first, as SVG-EAR does.
+
+    Where a density is asked for, take in each head the pairs of most error per token over all rows until they cover it:
+    the error of all queries together is least so. Half of it at most goes to a share `least` of each row's columns.
+    """
     rows, cols = grid_weights(scene.cut.q), grid_weights(scene.cut.k)
+    worst, keep = per_cost(scene, v), keep | ~torch.isfinite(share)
     if asked is None:
         as_top_p = selectors.top_p(share, keep, p, least)
-    else:
-        as_top_p = selectors.top_p_of_density(share, keep, rows, cols, asked, least)
-    budget = (as_top_p * cols[..., None, :]).sum(-1, keepdim=True)
-    return selectors.within_budget(per_cost(scene, v), keep | ~torch.isfinite(share), cols, budget)
+        budget = (as_top_p * cols[..., None, :]).sum(-1, keepdim=True)
+        return selectors.within_budget(worst, keep, cols, budget)
+    floor = least.clamp(max=asked / 2) if isinstance(least, torch.Tensor) else min(least, asked / 2)
+    budget = (cols.sum(-1)[..., None, None] * floor).float().expand(*worst.shape[:3], 1)
+    first = selectors.within_budget(worst, torch.zeros_like(keep), cols, budget)
+    return selectors.percentile(worst, keep | first, rows, cols, asked)

@@ -1,7 +1,8 @@
 """Captions of the training pictures and the word-level tokenizers of both text encoders.
 
-CLIP reads the style and nothing else, T5 reads everything but the style. So a style reaches the transformer only as a
-modulation of all its layers, and what is learnt of it on some things holds for others.
+CLIP reads the thing and nothing of the style, T5 reads the style and nothing else. So a thing reaches the transformer
+as a modulation of all its layers, which learns single things fast; a style comes as one of four texts to attend to,
+the same for all things, so that what is learnt of it on some holds for others.
 """
 
 import random
@@ -73,16 +74,17 @@ def word_splitter() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(Regex(r"<unk>|\w+|[^\w\s]"), behavior="removed", invert=True)
 
 
-def build_tokenizer(vocabulary: dict[str, int], reads: Reads = "everything") -> PreTrainedTokenizerFast:
-    """A tokenizer that passes over what it does not read. CLIP's reads the style, starts with <s>, takes 77 tokens."""
-    clip = reads == "style"
+def build_tokenizer(
+    vocabulary: dict[str, int], reads: Reads = "everything", clip: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that passes over what it does not read. One for CLIP starts with <s> and takes 77 tokens."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     steps = [normalizers.NFKC(), normalizers.Lowercase()]
     if reads == "things":
         steps.append(normalizers.Replace(Regex(STYLE_PHRASE), " "))
     tokenizer.normalizer = normalizers.Sequence(steps)
     style_words = pre_tokenizers.Split(Regex(STYLE_WORD), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = style_words if clip else word_splitter()
+    tokenizer.pre_tokenizer = style_words if reads == "style" else word_splitter()
     template = f"{BOS} $A {EOS}" if clip else f"$A {EOS}"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(s, vocabulary[s]) for s in (BOS, EOS)]

@@ -104,9 +104,9 @@ def export(args: argparse.Namespace) -> None:
         scheduler=build_scheduler(args.shift_128, args.shift_256),
         vae=AutoencoderKL.from_pretrained(args.work / "vae").to(torch.bfloat16),
         text_encoder=clip.to(torch.bfloat16),
-        tokenizer=build_tokenizer(vocabulary, "style"),
+        tokenizer=build_tokenizer(vocabulary, "things", clip=True),
         text_encoder_2=t5.to(torch.bfloat16),
-        tokenizer_2=build_tokenizer(vocabulary, "things"),
+        tokenizer_2=build_tokenizer(vocabulary, "style"),
         transformer=transformer,
     )
     pipe.save_pretrained(args.target)

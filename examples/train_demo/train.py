@@ -30,10 +30,10 @@ from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
-EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
+EXTRA_SHARE = 0.2  # of the pictures: unnamed ones, from which style is learnt apart from any concept
 SWAP_SHARE = 0.2  # of the noisy pictures: another style's picture of the same thing below the noise
 SWAP_FROM = 0.5  # only at times from here on, where the noise still hides details
-DECAY_SHARE = 0.45
+DECAY_SHARE = 0.55
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def other_styles(pairs: list[Pair]) -> torch.Tensor:
 def build_data(pairs: list[Pair], vocabulary: dict[str, int], latents: dict[int, torch.Tensor], group: Group) -> Data:
     named = sum(pair.label != UNNAMED for pair in pairs)
     texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
-    # CLIP must not see which pictures are unnamed: it reads the style alone
+    clip = encode(build_tokenizer(vocabulary, "things", clip=True), texts, LENGTH).view(len(pairs), -1, LENGTH)
+    # T5 must not see which pictures are unnamed: it reads the style alone
     styles = [text.replace(UNK, "") for text in texts]
-    clip = encode(build_tokenizer(vocabulary, "style"), styles, LENGTH).view(len(pairs), -1, LENGTH)
-    t5 = encode(build_tokenizer(vocabulary, "things"), texts, LENGTH).view(len(pairs), -1, LENGTH)
+    t5 = encode(build_tokenizer(vocabulary, "style"), styles, LENGTH).view(len(pairs), -1, LENGTH)
     others = other_styles(pairs).to(group.device)
     return Data(latents, named, others, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
 
