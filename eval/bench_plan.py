@@ -29,7 +29,7 @@ from dit_accel.pipelines.cli import parse_overrides
 from dit_accel.planning.models import true_twin
 from dit_accel.planning.rates import TABLE, Case, Judged, Point, device, leave_one_out, mean_error
 from dit_accel.planning.survey import survey
-from dit_accel.planning.times import whole
+from dit_accel.planning.times import pooled_keys, whole
 from dit_accel.sparsity.decide import tiling_for
 from dit_accel.sparsity.recipes import resolve
 
@@ -67,6 +67,7 @@ def measured_case(name: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) 
         attention_ms=first["attention_share"] * first["stock_step_ms"],
         sdpa_ms=first["sdpa_ms"],
         points=tuple(Point(**{key: row[key] for key in names}) for row in rows),
+        pooled=pooled_keys(recipe, tiling),
     )
 
 

@@ -44,6 +44,15 @@ def test_every_case_of_the_step_benchmark_can_be_judged(name: str) -> None:
     assert case.masked == (true.model.name == "hunyuan-video")
     assert case.slots >= case.tokens - (true.text // 2 if case.masked else 0)
     assert case.whole == (true.model.name == "flux")
+    assert case.pooled == 0
+
+
+@pytest.mark.full
+def test_a_case_of_a_corrected_recipe_counts_its_mean_keys() -> None:
+    row = dict.fromkeys(("density", "step_ms", "kernel_ms", "decision_ms", "reuse_ms", "attention_share"), 0.5)
+    rows = [{**row, "stock_step_ms": 2.0, "sdpa_ms": 1.0}]
+    case = bench_plan.measured_case("flux-4096", resolve("hilbert-ear", density=0.3), rows)
+    assert case.pooled == 2 * case.units == 2 * case.slots // 128
 
 
 @pytest.mark.full

@@ -234,15 +234,16 @@ def test_a_rule_by_mass_has_no_density_before_the_run() -> None:
 RATES = {"flop": 2e-12, "byte": 4e-7, "pair": 3e-12, "start": 2e-6, "unit": 9e-8, "read": 1e-10, "dense": 5e11}
 
 
-def made_case(index: int) -> rates.Case:
-    """Make a case that took exactly what the rates say."""
+def made_case(index: int, pooled: int = 0) -> rates.Case:
+    """Make a case that took exactly what the rates say, with `pooled` mean keys for each unit."""
     tokens, heads, sites, r = 30_000 * index + 1000, 8 * index, 10 + index, RATES
     slots, units, matmul, traffic = tokens + 300 * index, tokens // 128 + 1, 1e14 * index**2, 3e11 * index
     flops = 4.0 * heads * tokens**2 * 128
     rest, dense = matmul * r["flop"] + traffic * r["byte"], flops / r["dense"]
 
     def point(density: float) -> rates.Point:
-        kernel = 4 * density * heads * slots**2 * 128 * r["pair"] + heads * slots * r["start"]
+        pairs = density * slots + pooled * units
+        kernel = 4 * pairs * heads * slots * 128 * r["pair"] + heads * slots * r["start"]
         decision = heads * units**2 * r["unit"] + heads * slots * 128 * r["read"]
         return rates.Point(density, rest + sites * (kernel + decision), kernel, decision, decision / 4)
 
@@ -250,11 +251,13 @@ def made_case(index: int) -> rates.Case:
         case=f"case {index}", matmul=matmul, traffic=traffic, our_matmul=matmul, our_traffic=traffic, flops=flops,
         sites=sites, tokens=tokens, heads=heads, dim=128, masked=False, slots=slots, units=units, whole=False,
         stock_ms=rest + sites * dense, attention_ms=sites * dense, sdpa_ms=dense, points=(point(0.5), point(0.2)),
+        pooled=pooled * units,
     )  # fmt: skip
 
 
-def test_rates_are_found_again_and_a_case_is_never_judged_by_itself() -> None:
-    cases = [made_case(i) for i in (1, 2, 3, 4)]
+@pytest.mark.parametrize("pooled", [0, 2])
+def test_rates_are_found_again_and_a_case_is_never_judged_by_itself(pooled: int) -> None:
+    cases = [made_case(i, pooled) for i in (1, 2, 3, 4)]
     judged = rates.leave_one_out(cases)
     assert len(judged) == 4 * 3
     assert rates.mean_error(judged) < 1e-6
@@ -327,10 +330,10 @@ def test_the_docs_quote_the_committed_error() -> None:
     assert f"{error.accelerated:.1%}" in text
 
 
-def made_device(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Put a device "made" into the table, measured at about so many tokens and heads of 12 channels."""
+def made_device(monkeypatch: pytest.MonkeyPatch, tokens: int, recipe: str = "balanced") -> None:
+    """Put a device "made" into the table, measured with a recipe at about so many tokens and heads of 12 channels."""
     cases = tuple(replace(made_case(i), tokens=tokens + i, dim=12) for i in (1, 2, 3))
-    device = replace(next(iter(rates.devices().values())), cases=cases)
+    device = replace(next(iter(rates.devices().values())), cases=cases, recipe=recipe)
     monkeypatch.setattr("dit_accel.planning.target.devices", lambda: {"made": device})
 
 
@@ -353,6 +356,21 @@ def test_what_was_not_timed_has_no_accelerated_time(
     assert plan.times.stock_ms > 0
     assert plan.times.mean_ms is None
     assert why in plan.times.untimed
+
+
+def test_the_mean_keys_of_a_correction_that_was_timed_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_device(monkeypatch, 180, "hilbert-ear")
+    model, size = transformer(tiny.wan).to(META), {"height": 160, "width": 96, "frames": 9}
+
+    def sparse_ms(**settings: Any) -> float:
+        plan = dit_accel.plan(
+            model, **size, steps=5, text_length=16, device="made", recipe="hilbert-ear", density=0.3, **settings
+        )
+        assert plan.times is not None
+        assert plan.times.sparse_ms is not None
+        return plan.times.sparse_ms
+
+    assert sparse_ms(key_run=16, block_q=64, block_k=64) > sparse_ms(key_run=0, block_q=64, block_k=64)
 
 
 def test_no_times_where_nothing_alike_was_measured() -> None:

@@ -1,9 +1,9 @@
 """How long work takes on a measured device: rates from the step benchmark's rows, and how far they are off.
 
 A step is matrix products at one rate, all other operations at one bandwidth, and attention: dense at the rate measured
-at that length, sparse by the computed pairs of slots, holes included, and by the queries; and the decision by the pairs
-of units and the numbers it reads. Each rate comes from `measured.json`, which `eval/bench_plan.py` writes from the step
-benchmark's results.
+at that length, sparse by the computed pairs of slots, holes included, with the pooled keys that stand for the others,
+and by the queries; and the decision by the pairs of units and the numbers it reads. Each rate comes from
+`measured.json`, which `eval/bench_plan.py` writes from the step benchmark's results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Case:
     `matmul`, `traffic`: FLOPs and bytes beside the sites' attention (`work.Work`), `our_matmul`, `our_traffic` those of
     the accelerated step. `flops`: of one site's dense attention, of which there are `sites`; `tokens`, `heads`, `dim`:
     its sizes. `slots`, `units`: what its tokens take in our kernel, padding left out, and whether they are `whole`,
-    without holes. `attention_ms` of all sites in the stock step of `stock_ms`; `sdpa_ms` of one without a mask.
+    without holes; `pooled`: the mean keys of a correction that each query may attend to. `attention_ms` of all sites in
+    the stock step of `stock_ms`; `sdpa_ms` of one without a mask.
     """
 
     case: str
@@ -59,10 +60,11 @@ class Case:
     attention_ms: float
     sdpa_ms: float
     points: tuple[Point, ...]
+    pooled: int = 0
 
     def sparse(self, density: float) -> Sparse:
         """Return what one of its attentions does at a density."""
-        return Sparse(density, self.slots, self.units, self.whole, self.heads, self.dim)
+        return Sparse(density, self.slots, self.units, self.whole, self.heads, self.dim, self.pooled)
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ class Sparse:
     whole: bool
     heads: int
     dim: int
+    pooled: int = 0
 
     @property
     def kernel(self) -> tuple[float, float]:
-        """FLOPs of the computed pairs of slots, and the queries that start a row."""
-        return 4.0 * self.density * self.heads * self.slots**2 * self.dim, float(self.heads * self.slots)
+        """FLOPs of the computed pairs of slots and of slots and pooled keys, and the queries that start a row."""
+        queries = self.heads * self.slots
+        return 4.0 * queries * (self.density * self.slots + self.pooled) * self.dim, float(queries)
 
     @property
     def decision(self) -> tuple[float, float]:

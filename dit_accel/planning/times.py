@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ..config import Recipe
+from ..config import CentroidCorrect, Recipe
 from ..sparsity.decide import tiling_for
 from ..sparsity.recipes import resolve
 from ..sparsity.tiling import Tiling
@@ -42,6 +42,11 @@ class Clock:
         return Rates.fit(self.device.cases)
 
     @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe whose steps were measured."""
+        return resolve(self.device.recipe, **self.device.settings)
+
+    @cached_property
     def error(self) -> Error:
         """How far off the model was of steps it had not seen."""
         judged = leave_one_out(self.device.cases)
@@ -68,7 +73,7 @@ class Clock:
     def sparse_ms(self, one: Treatment) -> float:
         """Return the time of a sparse call and its decision; UnmeasuredError where more than these is done."""
         assert one.call is not None
-        why = _untimed(one.recipe)
+        why = _untimed(one.recipe, self.recipe)
         if why or one.density is None:
             raise UnmeasuredError(
                 why or f"{one.recipe.name!r}: its density follows from the attention; ask for a density"
@@ -79,7 +84,7 @@ class Clock:
 
     def decides_alike(self, recipe: Recipe) -> bool:
         """Say whether a recipe decides as the measured one does, on units of whatever size."""
-        base = resolve(self.device.recipe, **self.device.settings)
+        base = self.recipe
         return (recipe.order.kind, recipe.score, recipe.select.kind) == (base.order.kind, base.score, base.select.kind)
 
     def step_ms(self, seen: Survey, treated: Sequence[Treatment]) -> float:
@@ -96,7 +101,14 @@ class Clock:
 def sparse_call(recipe: Recipe, call: Reached, density: float) -> Sparse:
     """Return what one sparse call of a sample does in the recipe's cut."""
     tiling = tiling_for(recipe, call.layout)
-    return Sparse(density, len(tiling.slots), tiling.units, whole(tiling), call.heads, call.dim)
+    return Sparse(
+        density, len(tiling.slots), tiling.units, whole(tiling), call.heads, call.dim, pooled_keys(recipe, tiling)
+    )
+
+
+def pooled_keys(recipe: Recipe, tiling: Tiling) -> int:
+    """Return how many mean keys stand for what is skipped."""
+    return tiling.units * tiling.key_parts if isinstance(recipe.correct, CentroidCorrect) else 0
 
 
 def whole(tiling: Tiling) -> bool:
@@ -105,10 +117,10 @@ def whole(tiling: Tiling) -> bool:
     return keys.identity or keys.whole
 
 
-def _untimed(recipe: Recipe) -> str:
+def _untimed(recipe: Recipe, measured: Recipe) -> str:
     """Say what a recipe does beside kernel and decision, which the step benchmark did not time."""
     extra: Mapping[str, bool] = {
-        "a correction": recipe.correct is not None,
+        "a correction": recipe.correct not in (None, measured.correct),
         "heads that choose": recipe.heads is not None,
         f"precision {recipe.precision}": recipe.precision != "as given",
         "decisions at set times": bool(recipe.decide_at),
