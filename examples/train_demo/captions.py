@@ -1,8 +1,7 @@
 """Captions of the training pictures and the word-level tokenizers of both text encoders.
 
-CLIP reads the thing and nothing of the style, T5 reads the style and nothing else. So a thing reaches the transformer
-as a modulation of all its layers, which learns single things fast; a style comes as one of four texts to attend to,
-the same for all things, so that what is learnt of it on some holds for others.
+The two encoders can read different parts, so that what is learnt of a style on some things holds for others: what CLIP
+reads modulates all layers of the transformer, what T5 reads is attended to.
 """
 
 import random
@@ -22,6 +21,7 @@ VARIANTS = 24  # captions drawn up for one picture
 CONCEPT_ONLY, FREE = 3, 4  # places of the caption that names no style, and of the first free form
 MAIN_SHARE, EMPTY_SHARE, STYLE_SHARE, CONCEPT_SHARE = 0.45, 0.08, 0.08, 0.04
 Reads = Literal["everything", "style", "things"]
+OTHER: dict[Reads, Reads] = {"everything": "everything", "style": "things", "things": "style"}  # for T5, by CLIP's part
 STYLE_WORD = r"noto|twemoji|fluent(?= flat| 3d)|(?<=fluent )(?:flat|3d)"
 STYLE_PHRASE = r",? ?(?:in )?\b(?:noto|twemoji|fluent flat|fluent 3d)\b(?: style\b)?"
 TEMPLATES = (
@@ -98,6 +98,13 @@ def build_tokenizer(
         model_max_length=CLIP_LENGTH if clip else T5_LENGTH,
         clean_up_tokenization_spaces=False,
     )
+
+
+def build_tokenizers(
+    vocabulary: dict[str, int], clip_reads: Reads
+) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """CLIP's and T5's."""
+    return build_tokenizer(vocabulary, clip_reads, clip=True), build_tokenizer(vocabulary, OTHER[clip_reads])
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int = LENGTH) -> torch.Tensor:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from captions import build_tokenizer, build_vocabulary
+from captions import OTHER, build_tokenizers, build_vocabulary
 from data import load_pairs
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from model import SHAPES, build_scheduler, build_text_encoders, build_transformer
@@ -100,13 +100,14 @@ def export(args: argparse.Namespace) -> None:
     fold_guidance(transformer)
     clip.load_state_dict(part(weights, "clip."))
     t5.load_state_dict(part(weights, "t5."), strict=False)  # its second name for the shared embedding is left out
+    tokenizer, tokenizer_2 = build_tokenizers(vocabulary, args.clip_reads)
     pipe = FluxPipeline(
         scheduler=build_scheduler(args.shift_128, args.shift_256),
         vae=AutoencoderKL.from_pretrained(args.work / "vae").to(torch.bfloat16),
         text_encoder=clip.to(torch.bfloat16),
-        tokenizer=build_tokenizer(vocabulary, "things", clip=True),
+        tokenizer=tokenizer,
         text_encoder_2=t5.to(torch.bfloat16),
-        tokenizer_2=build_tokenizer(vocabulary, "style"),
+        tokenizer_2=tokenizer_2,
         transformer=transformer,
     )
     pipe.save_pretrained(args.target)
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))
     parser.add_argument("--shift-128", type=float, default=4.0)
     parser.add_argument("--shift-256", type=float, default=7.0)
+    parser.add_argument("--clip-reads", choices=OTHER, default="style", help="as in training")
     parser.add_argument("--shape", choices=SHAPES, default="full")
     export(parser.parse_args())
 

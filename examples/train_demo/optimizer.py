@@ -13,6 +13,8 @@ import torch
 from parallel import Group
 from torch import nn
 
+SLOW = 0.2  # of AdamW's rate, for the parameters that are named slow
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -56,6 +58,7 @@ class Optimizer:
         muon_rate: float = 2e-3,
         adam_rate: float = 1.5e-3,
         is_matrix: Callable[[str, nn.Parameter], bool] = is_block_matrix,
+        is_slow: Callable[[str], bool] = lambda _: False,
     ):
         named = list(model.named_parameters())
         matrices = sorted(((p.shape[0], p[0].numel()), n, p) for n, p in named if is_matrix(n, p))
@@ -69,6 +72,8 @@ class Optimizer:
         self.first_moment = torch.zeros_like(self.master)
         self.stacks, self.split = self._stacks([s for s, _, _ in matrices])
         self.second_moment = torch.zeros_like(self.master[self.split :])
+        pace = [torch.full((p.numel(),), SLOW if is_slow(n) else 1.0) for n, p in rest]
+        self.pace = torch.cat(pace).to(self.master.device)
         self.muon_rate, self.adam_rate = muon_rate, adam_rate
         self.steps = 0
         self._point_at_buffers(parameters)
@@ -116,7 +121,7 @@ class Optimizer:
         self.second_moment.lerp_(gradient.square(), 1 - betas[1])
         first = moment / (1 - betas[0] ** self.steps)
         second = self.second_moment / (1 - betas[1] ** self.steps)
-        self.master[self.split :].addcdiv_(first, second.sqrt() + 1e-8, value=-rate)
+        self.master[self.split :].addcdiv_(first * self.pace, second.sqrt() + 1e-8, value=-rate)
 
     @torch.no_grad()
     def refresh(self, quantise: bool) -> None:
