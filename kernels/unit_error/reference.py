@@ -28,7 +28,6 @@ def lengths(
     owner = (torch.searchsorted(bounds.contiguous(), first, right=True) - 1).expand(b, h, -1)  # `units`: of none
     real = (slots >= 0).unflatten(-1, (-1, block)) & (owner < units)[..., None]
     keys, values = (_by_block(x, slots, real, alike) for x in (k, v))
-    single = owner.shape[2] == units and bool((owner == torch.arange(units, device=k.device)).all())  # a block a unit
     tokens = torch.zeros(b, h, units + 1, device=k.device).scatter_add_(-1, owner, real.sum(-1).float())[..., :units]
     to = owner[:, :, None, :, None].expand(-1, -1, 1, -1, d)
     out = [torch.zeros(b, h, 0, units, device=k.device)]
@@ -36,10 +35,9 @@ def lengths(
         logits = torch.einsum("bhrd,bhnsd->bhrns", part * scale, keys).masked_fill_(~real[:, :, None], float("-inf"))
         top = logits.amax((-1, -2), keepdim=True)
         weights = (logits - top).exp()
-        exact = torch.einsum("bhrns,bhnsd->bhrnd", weights, values)
-        if not single:
-            empty = torch.zeros(b, h, part.shape[2], units + 1, d, device=k.device)
-            exact = empty.scatter_add_(3, to.expand(-1, -1, part.shape[2], -1, -1), exact)[:, :, :, :units]
+        sums = torch.einsum("bhrns,bhnsd->bhrnd", weights, values)
+        exact = torch.zeros(b, h, part.shape[2], units + 1, d, device=k.device)
+        exact = exact.scatter_add_(3, to.expand(-1, -1, part.shape[2], -1, -1), sums)[:, :, :, :units]
         pooled = (part * scale @ means_k.mT - top[..., 0]).exp() * tokens[:, :, None]
         error = exact.sub_(pooled[..., None] * means_v[:, :, None]).norm(dim=-1)
         out.append(error / weights.sum((-1, -2))[..., None])
@@ -53,5 +51,4 @@ def _by_block(x: Tensor, slots: Tensor, real: Tensor, alike: bool) -> Tensor:
         picked = x[:, at[0, 0]].transpose(1, 2)
     else:
         picked = x.transpose(1, 2).gather(2, at[..., None].expand(-1, -1, -1, x.shape[3]))
-    picked = picked.float().unflatten(2, real.shape[2:])
-    return picked if real.all() else picked.masked_fill(~real[..., None], 0)
+    return picked.unflatten(2, real.shape[2:]).masked_fill(~real[..., None], 0).float()
