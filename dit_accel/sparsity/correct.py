@@ -19,7 +19,7 @@ from .content import text_tokens
 from .cut import Cut, Side
 from .inputs import Inputs
 from .plan import Branch, Operands, Plan, from_units
-from .scores import grid_means, grid_weights
+from .scores import grid_means, grid_means_of_two, grid_weights
 
 MEASURES = "a full step measures what is missing"  # why a call of a recipe that corrects by residuals is not sparse
 
@@ -61,11 +61,12 @@ def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
     SVG-EAR, arXiv 2603.08982. The keys are those of this call, so the means follow them where the selection is reused.
     """
     keys = cut.k.without_means()
+    means_k, means_v = grid_means_of_two(keys, inputs.k, inputs.v)
     return PooledBranch(
-        k=grid_means(keys, inputs.k),
-        v=grid_means(keys, inputs.v),
+        k=means_k,
+        v=means_v,
         tokens=grid_weights(keys),
-        allowed=~mask[..., cut.k.grid],
+        allowed=~keys.on_grid(mask, -1),
         row=cut.q.unit_of_token(cut.length),
     )
 

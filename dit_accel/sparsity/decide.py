@@ -158,10 +158,11 @@ def _by_score(
     share = None if select.asked is None else grid_share(inputs.layout, select.asked)
     if isinstance(select, LinesSelect) and isinstance(recipe.score, SampledScore):
         return lines.select(scene, recipe.score.rows, keep, share or 0.0, select), None
+    if isinstance(select, ErrorSelect) and share is not None:  # by the errors alone
+        return error.of_density(scene, inputs.v, keep, share, _least(select.least, inputs)), None
     worth, reference = _worth(recipe.score, scene, inputs, keep)
     if isinstance(select, ErrorSelect):
-        least = _least(select.least, inputs)
-        return error.select(scene, inputs.v, worth, keep, select.p, least, share), reference
+        return error.select(scene, inputs.v, worth, keep, select.p, _least(select.least, inputs)), reference
     return _select(select, inputs, scene.cut, worth, keep), reference
 
 

@@ -7,7 +7,7 @@ import torch
 from ..kernels.unit_error import unit_error
 from . import selectors
 from .cut import Side
-from .scores import Scene, grid_means, grid_weights
+from .scores import Scene, grid_means, grid_means_of_two, grid_weights
 
 
 def per_cost(scene: Scene, v: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def per_cost(scene: Scene, v: torch.Tensor) -> torch.Tensor:
     """
     side = scene.cut.k.without_means()
     slots, bounds = _units(side)
-    queries, means_k, means_v = grid_means(scene.cut.q, scene.q), grid_means(side, scene.k), grid_means(side, v)
+    queries, (means_k, means_v) = grid_means(scene.cut.q, scene.q), grid_means_of_two(side, scene.k, v)
     error = unit_error(queries, scene.k, v, slots, bounds, side.block, means_k, means_v, scene.scale)
     return error / grid_weights(side)[..., None, :].clamp(min=1)
 
@@ -33,26 +33,24 @@ def _units(side: Side) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def select(
-    scene: Scene,
-    v: torch.Tensor,
-    share: torch.Tensor,
-    keep: torch.Tensor,
-    p: float,
-    least: float | torch.Tensor,
-    asked: float | None,
+    scene: Scene, v: torch.Tensor, share: torch.Tensor, keep: torch.Tensor, p: float, least: float | torch.Tensor
 ) -> torch.Tensor:
-    """Take in each row as many key tokens as top-p would, those of most error per token first, as SVG-EAR does.
+    """Take in each row as many key tokens as top-p of `share` would, those of most error per token first: SVG-EAR."""
+    cols = grid_weights(scene.cut.k)
+    budget = (selectors.top_p(share, keep, p, least) * cols[..., None, :]).sum(-1, keepdim=True)
+    return selectors.within_budget(per_cost(scene, v), keep | ~torch.isfinite(share), cols, budget)
 
-    Where a density is asked for, take in each head the pairs of most error per token over all rows until they cover it:
-    the error of all queries together is least so. Half of it at most goes to a share `least` of each row's columns.
+
+def of_density(
+    scene: Scene, v: torch.Tensor, keep: torch.Tensor, density: float, least: float | torch.Tensor
+) -> torch.Tensor:
+    """Take in each head the pairs of most error per token over all rows until they cover `density` of its pairs.
+
+    The error of all queries together is least so. Half of that at most goes to a share `least` of each row's columns.
     """
     rows, cols = grid_weights(scene.cut.q), grid_weights(scene.cut.k)
-    worst, keep = per_cost(scene, v), keep | ~torch.isfinite(share)
-    if asked is None:
-        as_top_p = selectors.top_p(share, keep, p, least)
-        budget = (as_top_p * cols[..., None, :]).sum(-1, keepdim=True)
-        return selectors.within_budget(worst, keep, cols, budget)
-    floor = least.clamp(max=asked / 2) if isinstance(least, torch.Tensor) else min(least, asked / 2)
+    worst, most = per_cost(scene, v), density / 2
+    floor = least.clamp(max=most) if isinstance(least, torch.Tensor) else min(least, most)
     budget = (cols.sum(-1)[..., None, None] * floor).float().expand(*worst.shape[:3], 1)
     first = selectors.within_budget(worst, torch.zeros_like(keep), cols, budget)
-    return selectors.percentile(worst, keep | first, rows, cols, asked)
+    return selectors.percentile(worst, keep | first, rows, cols, density)

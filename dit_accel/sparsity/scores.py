@@ -127,6 +127,13 @@ def grid_means(side: Side, x: torch.Tensor, centre: torch.Tensor | None = None, 
     return side.on_grid(unit_means(x, side.slots, side.bounds, centre=centre, form=form), 2)
 
 
+def grid_means_of_two(side: Side, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average two tensors of one shape and dtype as `grid_means` does, in one reading of the order where it can be."""
+    if side.means is not None or side.grid_slots is None:
+        return grid_means(side, x), grid_means(side, y)
+    return unit_means_of_two(x, y, side.grid_slots, side.per * side.block)
+
+
 def _both_means(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the means of queries and of keys, from one reading of the order where both lie alike."""
     q, k = scene.cut.q, scene.cut.k

@@ -57,7 +57,8 @@ def _pooled_kernel(
 ):  # fmt: skip
     """QUERIES queries of one head against all groups, each masked by its query's row; everything in log2 units.
 
-    `k_ptr`, `v_ptr` [B, H, groups, D_PAD] and `allowed_ptr` hold whole tiles; a group that is none is never allowed.
+    `k_ptr`, `v_ptr` [B, H, groups, D_PAD] and `allowed_ptr` hold whole tiles; a group that is none is never allowed,
+    one without tokens weighs -inf.
     """
     pid = tl.program_id(0)
     tile, h, b = pid % tiles, ((pid // tiles) % heads).to(tl.int64), ((pid // tiles) // heads).to(tl.int64)
@@ -120,15 +121,18 @@ def launch(
     padded = power_of_two(dim, 16)
     tile = tile or choose(_capability(q.device), padded, q.element_size())
     # whole tiles of groups, so that the loop loads without masks
-    more, wider = -k.shape[2] % tile.groups, padded - dim
-    k, v = (torch.nn.functional.pad(x.to(q.dtype), (0, wider, 0, more)).contiguous() for x in (k, v))
-    weigh = torch.nn.functional.pad(tokens.float().log2(), (0, more))
-    allowed = torch.nn.functional.pad(allowed & (tokens > 0)[:, :, None], (0, more)).view(torch.uint8)
+    groups = k.shape[2]
+    more = -groups % tile.groups
+    both = torch.zeros(2, batch, heads, groups + more, padded, dtype=q.dtype, device=q.device)
+    for whole, x in zip(both, (k, v), strict=True):
+        whole[:, :, :groups, :dim].copy_(x)
+    weigh = torch.nn.functional.pad(tokens.float().log2(), (0, more))  # of no tokens -inf
+    allowed = torch.nn.functional.pad(allowed, (0, more)).view(torch.uint8)
     tiles = -(-length // tile.queries)
     args = (
-        q, k, v, weigh, allowed, row, out, lse,
+        q, *both, weigh, allowed, row, out, lse,
         *q.stride(), *_list_strides(weigh)[:2], *_list_strides(allowed)[:3], *_list_strides(row),
-        length, k.shape[2], heads, tiles, scale * LOG2_E.value,
+        length, groups + more, heads, tiles, scale * LOG2_E.value,
     )  # fmt: skip
     constants = {
         "D": dim,
