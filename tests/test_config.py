@@ -39,7 +39,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("draft", {"select": {"kind": "within"}}, "'within' measures distance"),
     ("grat", {"select": {"kind": "top-p"}}, "needs score 'pooled'"),
     ("dfs", {"key_run": 32}, "needs score {kind: pooled, weigh: true}"),
-    ("balanced", {"order": {"kind": "gilbert", "key_run": 32}}, "needs score {kind: pooled, weigh: true}"),
+    ("draft", {"order": {"kind": "gilbert", "key_run": 32}}, "needs score {kind: pooled, weigh: true}"),
     ("grat", {"order": {"kind": "hilbert", "key_run": 16}, "select": {"kind": "band"}}, "goes by the places of"),
     ("hilbert-ear", {"key_run": 48}, "key_run: input should be 0, 16, 32 or 64, got 48"),
     ({"name": "a", "order": {"kind": "tiel"}}, {}, "no order is called 'tiel'. Did you mean 'tile'?"),

@@ -180,7 +180,7 @@ def test_unreachable_density_is_said_in_plain_words(name: str) -> None:
 @pytest.mark.parametrize("order", ["raster", "hilbert", "tile"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_any_order_gives_exact_attention_on_its_mask(order: str, layout: TokenLayout) -> None:
-    recipe = resolve({"base": "balanced", "name": order, "order": {"kind": order}, **SMALL}, density=0.5)
+    recipe = resolve({"base": "draft", "name": order, "order": {"kind": order}, **SMALL}, density=0.5)
     g = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, layout.length, 2, 16, generator=g) for _ in range(3))
     out, plan = dit_accel.attention(q, k, v, layout=layout, recipe=recipe, return_plan=True)
