@@ -99,7 +99,8 @@ class ThresholdSelect(Rule, frozen=True):
 class ErrorSelect(Rule, frozen=True):
     """As many key tokens of each row as top-p would take, those first whose means would err most per token.
 
-    `p`, `least` and `density` as in top-p. Goes with the correction 'centroids', whose error it looks at.
+    `p`, `least` as in top-p. With a `density` instead, the pairs of most error per token of each head, after a share
+    `least` of each row, half the density at most. Goes with the correction 'centroids', whose error it looks at.
     """
 
     kind: Literal["error"] = "error"
