@@ -45,6 +45,14 @@ def test_recipes_are_checked_timed_and_written(tmp_path: Path, capsys: pytest.Ca
     assert all(name in shown for name in ("fast", "grat-b", "svg-ear", "again"))
 
 
+@pytest.mark.parametrize(("kind", "most"), [("first", 48), ("kept", 18)])
+def test_a_density_by_error_launches_little(kind: str, most: int) -> None:
+    recipe = decide_calls.shrunk("hilbert-ear").override(density=0.3, every=4)
+    calls = decide_calls.Calls(recipe, decide_calls.COUNTED, torch.device("cpu"), torch.bfloat16)
+    with bench_decide.as_on_an_h100():
+        assert bench_decide.counted(calls, kind).total() <= most
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "most"),
     [("balanced", "first", 11), ("fast", "kept", 4), ("draft", "first", 21), ("grat-b", "kept", 2)],
