@@ -3,16 +3,15 @@
     python -m dit_accel.eval.bench_crossover [--out dit_accel/sparsity/crossover.json] [--recipe NAME] [--quick]
         [--commit HASH]
 
-Dense is torch's scaled_dot_product_attention with its default backend; sparse holds decision, index lists, kernel and
-correction, with the presets' own axes or another recipe's (then name another `--out`). Rows of other device types
-already in the file are kept.
+Dense is torch's scaled_dot_product_attention with its default backend. Sparse is the mean over the steps for which the
+recipe keeps a decision (`every`): decision, index lists, kernel and correction, with the presets' own axes or another
+recipe's (then name another `--out`). Rows of other device types already in the file are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -25,18 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dit_accel.attend import run
-from dit_accel.config import Recipe
+from dit_accel.eval.decide_calls import Calls, Case, always_sparse
 from dit_accel.eval.source import provenance
 from dit_accel.layout import TokenLayout
-from dit_accel.sparsity.correct import corrected
 from dit_accel.sparsity.crossover import TABLE
-from dit_accel.sparsity.decide import decide
-from dit_accel.sparsity.inputs import Inputs
-from dit_accel.sparsity.plan import from_units
-from dit_accel.sparsity.recipes import resolve
 
-DENSITIES = (0.2, 0.3, 0.5)
+DENSITIES = (0.1, 0.2, 0.3, 0.5)
 SIDES = {"cpu": (16, 24, 32, 48, 64, 96), "cuda": (32, 48, 64, 96, 128, 192, 256)}
 SHAPES = {"cpu": (6, 64, torch.float32), "cuda": (24, 128, torch.bfloat16)}
 
@@ -57,31 +50,26 @@ def timed_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> flo
 
 
 def measure(name: str, side: int, density: float, device: torch.device, repeats: int) -> dict[str, float]:
-    """Time one attention call over a picture of side x side tokens, dense and sparse."""
-    heads, dim, dtype = SHAPES[device.type]
-    layout = TokenLayout(grid=(1, side, side))
-    q, k, v = (torch.randn(1, layout.length, heads, dim, device=device, dtype=dtype) for _ in range(3))
-    recipe = resolve(name, density=density, adaptive=False)
+    """Time an attention call over a picture of side x side tokens, dense, and sparse over a decision's life."""
+    case = Case("picture", TokenLayout(grid=(1, side, side)), *SHAPES[device.type][:2])
+    recipe = always_sparse(name).override(density=density)
+    calls = Calls(recipe, case, device, SHAPES[device.type][2])
+    q, k, v = (x.transpose(1, 2) for x in calls.qkv)
 
     def dense() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return F.scaled_dot_product_attention(q, k, v)
 
-    def sparse() -> torch.Tensor:
-        return _planned(recipe, layout, q, k, v)
+    def sparse() -> None:
+        calls.attend(calls.prepared("first"))
+        for step in range(1, recipe.every):
+            calls.attend(calls.call(step))
 
     return {
-        "tokens": layout.length,
+        "tokens": case.layout.length,
         "density": density,
         "dense_ms": round(timed_ms(dense, device, repeats), 4),
-        "sparse_ms": round(timed_ms(sparse, device, repeats), 4),
+        "sparse_ms": round(timed_ms(sparse, device, repeats) / recipe.every, 4),
     }
-
-
-def _planned(recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    inputs = Inputs(layout, q, k, v, 1 / math.sqrt(q.shape[-1]))
-    decision = decide(recipe, inputs)
-    plan = from_units(decision.mask, decision.cut)
-    return run(corrected(plan, recipe.correct, decision.cut, decision.mask, inputs), q, k, v)
 
 
 def write(path: Path, device: torch.device, commit: str, rows: list[dict[str, float]]) -> None:

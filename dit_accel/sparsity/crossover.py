@@ -17,7 +17,7 @@ TABLE = Path(__file__).with_name("crossover.json")
 def table() -> dict[str, list[dict[str, float]]]:
     """Return the measured rows per device type: tokens, density, dense_ms and sparse_ms of one attention call.
 
-    Written by `eval/bench_crossover.py`; sparse_ms holds the decision as well as the kernel.
+    Written by `eval/bench_crossover.py`; sparse_ms is a mean over a decision's life, with the decision in it.
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
 
