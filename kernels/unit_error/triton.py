@@ -10,6 +10,7 @@ sum_j exp(s_j - top). Only these, three numbers for each query and unit, meet th
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +19,35 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_mass.triton import vectors_of
-from dit_accel.kernels.block_sparse.triton import runs_on
+from dit_accel.kernels.block_sparse.triton import _capability, runs_on
 from dit_accel.kernels.sizes import power_of_two
 
-__all__ = ["lengths", "runs_on"]
+__all__ = ["launch", "lengths", "runs_on"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(math.log2(math.e))
 UNITS = 16  # that a program does one after the other
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program works: queries by slots of a tile, warps, depth of the load pipeline."""
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+
+
+def choose(capability: tuple[int, int], padded_dim: int, itemsize: int, rows: int) -> Tile:
+    """The tile for one launch: by shared memory and registers."""
+    if itemsize == 4:
+        return Tile(32, 32, 8, 2)
+    if padded_dim > 128:
+        return Tile(64, 32, 8, 2)
+    if capability == (9, 0) and rows > 64:
+        return Tile(128, 64, 8, 5)  # slots, then keys by them: three tiles of keys and values, 193 KB
+    return Tile(64, 64, 8 if capability >= (10, 0) else 4, 2)
 
 
 @triton.jit
@@ -50,41 +72,51 @@ def _error_kernel(
     v_ptr += b * v_stride_b + h * v_stride_h
     slots_ptr += b * slots_stride_b + h * slots_stride_h
     bounds_ptr += b * bounds_stride_b + h * bounds_stride_h
-    first_unit = tl.program_id(1) * UNITS
-    for unit in range(first_unit, tl.minimum(first_unit + UNITS, units)):
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        out = tl.zeros([ROWS, D_PAD], tl.float32)
-        tokens = 0
-        end = tl.load(bounds_ptr + unit + 1)
-        for first in range(tl.load(bounds_ptr + unit), end, TILE_K):
-            slot = first + tl.arange(0, TILE_K)
-            token = tl.load(slots_ptr + slot, mask=slot < end, other=-1)
-            real = token >= 0
-            tokens += tl.sum(real.to(tl.int32), 0)
-            k = vectors_of(k_ptr, tl.maximum(token, 0), k_stride_s, k_stride_d, D, D_PAD)
-            v = vectors_of(v_ptr, tl.maximum(token, 0), v_stride_s, v_stride_d, D, D_PAD)
-            logits = tl.dot(q, k.T, input_precision=PRECISION) * to_log2
-            logits = tl.where(real[None, :], logits, float("-inf"))
-            new_top = tl.maximum(top, tl.max(logits, 1))
-            # a unit that has shown no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights, kept = tl.exp2(logits - shift[:, None]), tl.exp2(top - shift)
-            total = total * kept + tl.sum(weights, 1)
-            out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-            top = new_top
-        at = (bh * units + unit) * D + d
-        mean_k = tl.load(means_k_ptr + at, mask=d < D, other=0.0)
-        mean_v = tl.load(means_v_ptr + at, mask=d < D, other=0.0)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        # read again: kept all the way, they would take a quarter of the registers
-        again = vectors_of(q_ptr, asking, D, 1, D, D_PAD).to(k_ptr.dtype.element_ty).to(tl.float32)
-        pooled = tl.exp2(tl.sum(again * mean_k[None, :], 1) * to_log2 - shift) * tokens
-        apart = out - tl.where(tokens > 0, pooled[:, None] * mean_v[None, :], 0.0)
-        place = (bh * rows + row) * units + unit
-        tl.store(top_ptr + place, top, mask=row < rows)
-        tl.store(error_ptr + place, tl.sqrt(tl.sum(apart * apart, 1)), mask=row < rows)
-        tl.store(total_ptr + place, total, mask=row < rows)
+    # the tiles of all units in one loop, so that the next unit's keys are on their way while this one is put together;
+    # whose tile comes is a sum over the units, since what one turn hands the next could not run ahead of it
+    mine = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    start = tl.load(bounds_ptr + mine, mask=mine < units, other=0).to(tl.int32)
+    stop = tl.load(bounds_ptr + mine + 1, mask=mine < units, other=0).to(tl.int32)
+    tiles = tl.where(mine < units, tl.maximum(tl.cdiv(stop - start, TILE_K), 1), 0)
+    upto = tl.cumsum(tiles, 0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, D_PAD], tl.float32)
+    tokens = 0
+    for tile in range(tl.sum(tiles, 0)):
+        here = (tile < upto) & (tile >= upto - tiles)
+        nth = tile - tl.sum(tl.where(here, upto - tiles, 0), 0)
+        first = tl.sum(tl.where(here, start, 0), 0) + nth * TILE_K
+        end, unit = tl.sum(tl.where(here, stop, 0), 0), tl.sum(tl.where(here, mine, 0), 0)
+        slot = first + tl.arange(0, TILE_K)
+        token = tl.load(slots_ptr + slot, mask=slot < end, other=-1)
+        real = token >= 0
+        tokens = tl.where(nth == 0, 0, tokens) + tl.sum(real.to(tl.int32), 0)
+        top, total = tl.where(nth == 0, float("-inf"), top), tl.where(nth == 0, 0.0, total)
+        out = tl.where(nth == 0, 0.0, out)
+        k = vectors_of(k_ptr, tl.maximum(token, 0), k_stride_s, k_stride_d, D, D_PAD)
+        v = vectors_of(v_ptr, tl.maximum(token, 0), v_stride_s, v_stride_d, D, D_PAD)
+        logits = tl.dot(q, k.T, input_precision=PRECISION) * to_log2
+        logits = tl.where(real[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # a unit that has shown no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights, kept = tl.exp2(logits - shift[:, None]), tl.exp2(top - shift)
+        total = total * kept + tl.sum(weights, 1)
+        out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+        if first + TILE_K >= end:
+            at = (bh * units + unit) * D + d
+            mean_k = tl.load(means_k_ptr + at, mask=d < D, other=0.0)
+            mean_v = tl.load(means_v_ptr + at, mask=d < D, other=0.0)
+            # read again: kept all the way, they would take a quarter of the registers
+            again = vectors_of(q_ptr, asking, D, 1, D, D_PAD).to(k_ptr.dtype.element_ty).to(tl.float32)
+            pooled = tl.exp2(tl.sum(again * mean_k[None, :], 1) * to_log2 - shift) * tokens
+            apart = out - tl.where(tokens > 0, pooled[:, None] * mean_v[None, :], 0.0)
+            place = (bh * rows + row) * units + unit
+            tl.store(top_ptr + place, top, mask=row < rows)
+            tl.store(error_ptr + place, tl.sqrt(tl.sum(apart * apart, 1)), mask=row < rows)
+            tl.store(total_ptr + place, total, mask=row < rows)
 
 
 def lengths(
@@ -118,11 +150,12 @@ def launch(
     means: tuple[Tensor, Tensor],
     scale: float,
     made: Tensor,
+    tile: Tile | None = None,
 ) -> tuple[tuple[int, int, int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
     b, h, rows, dim = queries.shape
-    units, exact = bounds.shape[2] - 1, k.element_size() == 4
-    at_once = 32 if exact else 64
+    units, padded = bounds.shape[2] - 1, power_of_two(dim, 16)
+    tile = tile or choose(_capability(k.device), padded, k.element_size(), rows)
     slots, bounds = slots.contiguous(), bounds.contiguous()
     lead = (s if n > 1 else 0 for x in (slots, bounds) for s, n in zip(x.stride()[:2], x.shape[:2], strict=True))
     args = (
@@ -130,7 +163,7 @@ def launch(
         scale * LOG2_E.value,
     )  # fmt: skip
     constants = {
-        "D": dim, "D_PAD": power_of_two(dim, 16), "ROWS": at_once, "TILE_K": at_once,
-        "UNITS": UNITS, "PRECISION": "ieee" if exact else "tf32", "num_warps": 4, "num_stages": 2,
+        "D": dim, "D_PAD": padded, "ROWS": tile.rows, "TILE_K": tile.slots, "UNITS": UNITS,
+        "PRECISION": "ieee" if k.element_size() == 4 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    return (-(-rows // at_once), -(-units // UNITS), b * h), args, constants
+    return (-(-rows // tile.rows), -(-units // UNITS), b * h), args, constants

@@ -199,12 +199,13 @@ def compile_descent(capability: int, which: int) -> triton.compiler.CompiledKern
     return compile_launch(kernel, capability, args, constants)
 
 
-def compile_unit_error(capability: int) -> triton.compiler.CompiledKernel:
+def compile_unit_error(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
     """Clusters, which each head has its own."""
-    q, k, means = torch.zeros(1, 16, 300, 128), torch.zeros(1, 1024, 16, 128, dtype=BF16), torch.zeros(1, 16, 100, 128)
+    q, k, means = torch.zeros(1, 16, 300, dim), torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1, 16, 100, dim)
     slots, bounds = torch.zeros(1, 16, 2048, dtype=torch.int32), torch.zeros(1, 16, 101, dtype=torch.int64)
     made = torch.zeros(3, 1, 16, 300, 100)
-    _, args, constants = erring.launch(q, k, k, slots, bounds, (means, means), 0.1, made)
+    tile = erring.choose(divmod(capability, 10), triton.next_power_of_2(dim), k.element_size(), 300)
+    _, args, constants = erring.launch(q, k, k, slots, bounds, (means, means), 0.1, made, tile)
     return compile_launch(erring._error_kernel, capability, args, constants)
 
 
@@ -295,7 +296,10 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
-    "unit-error": compile_unit_error,
+    "unit-error-64": lambda capability: compile_unit_error(capability, 64, BF16),
+    "unit-error-128": lambda capability: compile_unit_error(capability, 128, BF16),
+    "unit-error-256": lambda capability: compile_unit_error(capability, 256, BF16),
+    "unit-error-128-fp32": lambda capability: compile_unit_error(capability, 128, FP32),
     "descent-largest": lambda capability: compile_descent(capability, 0),
     "descent-search": lambda capability: compile_descent(capability, 1),
     "shares-runs": lambda capability: compile_shares(capability, "runs"),

@@ -55,7 +55,16 @@ def test_the_kernel_for_hopper_compiles():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
-    names = ("means-two", "assign-128", "block-mass-128", "budget-digit", "lists-bits", "pooled-128", "blend")
+    names = (
+        "means-two",
+        "assign-128",
+        "block-mass-128",
+        "budget-digit",
+        "lists-bits",
+        "pooled-128",
+        "blend",
+        "unit-error-128",
+    )
     check(compiled(str(capability), *names, "norm-rope-heads", "norm-rope-across"))
 
 

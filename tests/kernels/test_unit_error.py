@@ -79,6 +79,7 @@ CASES = {
     "more units than a program does, more rows": {"units": 19, "rows": 35, "length": 150, "heads": 1},
     "block of 48": {"block": 48, "length": 130},
     "bf16": {"dtype": torch.bfloat16, "dim": 40, "block": 32},
+    "bf16, many rows": {"dtype": torch.bfloat16, "rows": 70, "length": 300, "units": 5, "heads": 1},
     "fp16, batch": {"dtype": torch.float16, "batch": 2, "heads": 1},
 }
 
