@@ -24,7 +24,7 @@ from dit_accel.kernels.block_sparse.triton import (
 )
 from dit_accel.kernels.sizes import power_of_two
 
-__all__ = ["attend", "launch", "runs_on"]
+__all__ = ["attend", "launch", "packing", "runs_on"]
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,37 @@ def choose(capability: tuple[int, int], padded_dim: int, itemsize: int) -> Tile:
         return Tile(32, 32 if padded_dim <= 128 else 16, 4 if padded_dim <= 64 else 8, 2)
     if padded_dim > 128 or capability not in ((8, 0), (9, 0), (10, 0)):  # 99 KB of shared memory
         return Tile(64, 64 if padded_dim <= 128 else 32, 4, 2)
-    return Tile(128, 64, 8, 2)  # four warps have no registers left for the mask
+    return Tile(128, 64, 8, 3)
+
+
+@triton.jit
+def _bits_kernel(
+    allowed_ptr, bits_ptr, stride_b, stride_h, stride_r, stride_c, groups, words, heads, rows, WORDS: tl.constexpr
+):
+    """Thirty-two groups of a row of the mask into each word, the first group the lowest bit; no groups are 0."""
+    word = tl.arange(0, WORDS)
+    line = tl.program_id(0).to(tl.int64)
+    b, h, r = line // (heads * rows), (line // rows) % heads, line % rows
+    bit = tl.arange(0, 32)
+    group = word[:, None] * 32 + bit[None, :]
+    at = allowed_ptr + b * stride_b + h * stride_h + r * stride_r + group.to(tl.int64) * stride_c
+    seen = tl.load(at, mask=group < groups, other=0).to(tl.int32)
+    tl.store(bits_ptr + line * words + word, tl.sum(seen << bit[None, :], 1), mask=word < words)
 
 
 @triton.jit
 def _pooled_kernel(
-    q_ptr, k_ptr, v_ptr, weigh_ptr, allowed_ptr, row_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, weigh_ptr, bits_ptr, row_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_s, q_stride_h, q_stride_d, weigh_stride_b, weigh_stride_h,
-    allowed_stride_b, allowed_stride_h, allowed_stride_r, row_stride_b, row_stride_h, row_stride_s,
+    bits_stride_b, bits_stride_h, bits_stride_r, row_stride_b, row_stride_h, row_stride_s,
     length, groups, heads, tiles, to_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries of one head against all groups, each masked by its query's row; everything in log2 units.
 
-    `k_ptr`, `v_ptr` [B, H, groups, D_PAD] and `allowed_ptr` hold whole tiles; a group that is none is never allowed,
-    one without tokens weighs -inf.
+    `k_ptr`, `v_ptr` [B, H, groups, D_PAD] hold whole tiles, `bits_ptr` two words more; a group that is none is never
+    allowed, one without tokens weighs -inf. A byte for each pair instead of a bit costs as much as the products.
     """
     pid = tl.program_id(0)
     tile, h, b = pid % tiles, ((pid // tiles) % heads).to(tl.int64), ((pid // tiles) // heads).to(tl.int64)
@@ -67,7 +82,7 @@ def _pooled_kernel(
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     q = _load_rows(q_base, token, q_stride_s, q_stride_d, ok, True, D, D_PAD)  # [QUERIES, D_PAD]
     row = tl.load(row_ptr + b * row_stride_b + h * row_stride_h + token * row_stride_s, mask=ok, other=0)
-    allowed_at = allowed_ptr + b * allowed_stride_b + h * allowed_stride_h + row[:, None] * allowed_stride_r
+    bits_at = bits_ptr + b * bits_stride_b + h * bits_stride_h + row * bits_stride_r
     weigh_ptr += b * weigh_stride_b + h * weigh_stride_h
     first_group = (b * heads + h) * groups * D_PAD
     d, column = tl.arange(0, D_PAD), tl.arange(0, GROUPS)
@@ -75,12 +90,19 @@ def _pooled_kernel(
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, D_PAD], tl.float32)
+    low, high = tl.load(bits_at), tl.load(bits_at + 1)
     for first in tl.range(0, groups, GROUPS, num_stages=STAGES):
+        if GROUPS > 32:
+            word = tl.where(column[None, :] < 32, low[:, None], high[:, None])
+        else:
+            word = low[:, None]
+        seen = (word >> ((column + first % 32) % 32 if GROUPS < 32 else column % 32)[None, :]) & 1  # [QUERIES, GROUPS]
+        ahead = bits_at + (first + GROUPS) // 32
+        low, high = tl.load(ahead), tl.load(ahead + 1)
         group = first + column
         at = first_group + group[:, None] * D_PAD + d[None, :]
         logits = _dot(q, tl.load(k_ptr + at).T, None, PRECISION) * to_log2 + tl.load(weigh_ptr + group)[None, :]
-        seen = tl.load(allowed_at + group[None, :]) != 0  # [QUERIES, GROUPS]
-        logits = tl.where(seen, logits, float("-inf"))
+        logits = tl.where(seen != 0, logits, float("-inf"))
         acc, total, top = _online_softmax(logits, tl.load(v_ptr + at), acc, total, top, 1.0, True, PRECISION)
 
     # a query without a group has total = 0, top = -inf: out 0, lse -inf
@@ -94,14 +116,29 @@ def _pooled_kernel(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel; shapes as in `pooled_attention`. Mean keys and values are rounded to the queries' dtype."""
+    """Run the kernels; shapes as in `pooled_attention`. Mean keys and values are rounded to the queries' dtype."""
     batch, length, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    bits = torch.empty(*allowed.shape[:3], words(allowed.shape[3]), dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        grid, args, constants = launch(q, k, v, tokens, allowed, row, scale, out, lse)
+        grid, args, constants = packing(allowed, bits)
+        _bits_kernel[grid](*args, **constants)
+        grid, args, constants = launch(q, k, v, tokens, bits, row, scale, out, lse)
         _pooled_kernel[grid](*args, **constants)
     return out, lse
+
+
+def words(groups: int) -> int:
+    """Words of 32 bits that a row of the mask takes: whole tiles, and what the loop loads ahead."""
+    return -(-groups // 64) * 2 + 2
+
+
+def packing(allowed: Tensor, bits: Tensor) -> tuple[tuple[int], tuple, dict[str, Any]]:
+    """Grid, positional arguments and compile-time constants of the kernel that packs the mask into `bits`."""
+    at_once = power_of_two(bits.shape[3])
+    args = allowed.view(torch.uint8), bits, *allowed.stride(), allowed.shape[3], bits.shape[3], *allowed.shape[1:3]
+    return (allowed[..., 0].numel(),), args, {"WORDS": at_once, "num_warps": 4 if at_once > 16 else 1}
 
 
 def launch(
@@ -109,7 +146,7 @@ def launch(
     k: Tensor,
     v: Tensor,
     tokens: Tensor,
-    allowed: Tensor,
+    bits: Tensor,
     row: Tensor,
     scale: float,
     out: Tensor,
@@ -127,11 +164,10 @@ def launch(
     for whole, x in zip(both, (k, v), strict=True):
         whole[:, :, :groups, :dim].copy_(x)
     weigh = torch.nn.functional.pad(tokens.float().log2(), (0, more))  # of no tokens -inf
-    allowed = torch.nn.functional.pad(allowed, (0, more)).view(torch.uint8)
     tiles = -(-length // tile.queries)
     args = (
-        q, *both, weigh, allowed, row, out, lse,
-        *q.stride(), *_list_strides(weigh)[:2], *_list_strides(allowed)[:3], *_list_strides(row),
+        q, *both, weigh, bits, row, out, lse,
+        *q.stride(), *_list_strides(weigh)[:2], *_list_strides(bits)[:3], *_list_strides(row),
         length, groups + more, heads, tiles, scale * LOG2_E.value,
     )  # fmt: skip
     constants = {

@@ -77,6 +77,7 @@ CASES = {
     "nobody and nothing": {"empty": True},
     "nobody and nothing in half": {"empty": True, "dtype": HALF, "groups": 70},
     "wide": {"dim": 256, "heads": 1, "dtype": BF16},
+    "wide in single": {"dim": 256, "heads": 1, "groups": 70, "length": 20},
     "odd": {"dim": 72, "dtype": BF16},
 }
 
