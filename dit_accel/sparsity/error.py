@@ -7,7 +7,7 @@ import torch
 from ..kernels.unit_error import unit_error
 from . import selectors
 from .cut import Side
-from .scores import Scene, grid_means, grid_means_of_two, grid_weights
+from .scores import Scene, grid_means, grid_weights
 
 
 def per_cost(scene: Scene, v: torch.Tensor) -> torch.Tensor:
@@ -19,8 +19,8 @@ def per_cost(scene: Scene, v: torch.Tensor) -> torch.Tensor:
     """
     side = scene.cut.k.without_means()
     slots, bounds = _units(side)
-    queries, (means_k, means_v) = grid_means(scene.cut.q, scene.q), grid_means_of_two(side, scene.k, v)
-    error = unit_error(queries, scene.k, v, slots, bounds, side.block, means_k, means_v, scene.scale)
+    queries, means = grid_means(scene.cut.q, scene.q), grid_means(side, v)
+    error = unit_error(queries, scene.k, v, slots, bounds, side.block, means, scene.scale)
     return error / grid_weights(side)[..., None, :].clamp(min=1)
 
 

@@ -21,7 +21,6 @@ def unit_error(
     slots: Tensor,
     bounds: Tensor,
     block: int,
-    means_k: Tensor,
     means_v: Tensor,
     scale: float,
     *,
@@ -36,7 +35,8 @@ def unit_error(
         bounds: int64 [B|1, H|1, units + 1], the first slot of each unit and the end, multiples of `block`. Slots
             behind the last belong to no unit.
         block: slots that units are whole numbers of, a multiple of 16.
-        means_k, means_v: float32 [B, H, units, D], the means k̄ and v̄ of each unit's n tokens.
+        means_v: float32 [B, H, units, D], the mean v̄ of each unit's n tokens. Their k̄ is not asked for: q k̄ is the mean
+            of q k_j.
         scale: what products of queries and keys are multiplied by.
         backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
 
@@ -51,13 +51,13 @@ def unit_error(
     The error that SVG-EAR (arXiv 2603.08982) spends its budget by.
     """
     if torch.compiler.is_compiling():
-        return error_op(queries, k, v, slots, bounds, block, means_k, means_v, scale, backend)
-    _check(queries, k, v, slots, bounds, block, (means_k, means_v))
+        return error_op(queries, k, v, slots, bounds, block, means_v, scale, backend)
+    _check(queries, k, v, slots, bounds, block, means_v)
     if _uses_triton(k, queries, bounds, backend):
         from .triton import lengths
     else:
         from .reference import lengths
-    return lengths(queries, k, v, slots, bounds, block, means_k, means_v, scale)
+    return lengths(queries, k, v, slots, bounds, block, means_v, scale)
 
 
 def _uses_triton(k: Tensor, queries: Tensor, bounds: Tensor, backend: Backend | None) -> bool:
@@ -85,9 +85,7 @@ def _unsupported_reasons(k: Tensor) -> list[str]:
     return reasons
 
 
-def _check(
-    queries: Tensor, k: Tensor, v: Tensor, slots: Tensor, bounds: Tensor, block: int, means: tuple[Tensor, Tensor]
-) -> None:
+def _check(queries: Tensor, k: Tensor, v: Tensor, slots: Tensor, bounds: Tensor, block: int, means_v: Tensor) -> None:
     if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or not k.dtype.is_floating_point:
         raise ValueError(f"k is {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}; expected both [B, S, H, D]")
     b, _, h, d = k.shape
@@ -100,6 +98,5 @@ def _check(
     if block < 16 or block % 16 or slots.shape[2] % block:
         raise ValueError(f"block is {block}; expected a multiple of 16 that divides {slots.shape[2]} slots")
     units = bounds.shape[2] - 1
-    if any(tuple(x.shape) != (b, h, units, d) or x.dtype != torch.float32 for x in means):
-        said = " and ".join(f"{list(x.shape)} {x.dtype}" for x in means)
-        raise ValueError(f"means are {said}; expected float32 {[b, h, units, d]}")
+    if tuple(means_v.shape) != (b, h, units, d) or means_v.dtype != torch.float32:
+        raise ValueError(f"means_v is {list(means_v.shape)} {means_v.dtype}; expected float32 {[b, h, units, d]}")

@@ -11,7 +11,7 @@ from torch import Tensor
 @torch.library.custom_op(
     "dit_accel::unit_error",
     mutates_args=(),
-    schema="(Tensor queries, Tensor k, Tensor v, Tensor slots, Tensor bounds, int block, Tensor means_k, "
+    schema="(Tensor queries, Tensor k, Tensor v, Tensor slots, Tensor bounds, int block, "
     "Tensor means_v, float scale, str? backend) -> Tensor",
 )
 def error_op(
@@ -21,7 +21,6 @@ def error_op(
     slots: Tensor,
     bounds: Tensor,
     block: int,
-    means_k: Tensor,
     means_v: Tensor,
     scale: float,
     backend: Any,
@@ -29,7 +28,7 @@ def error_op(
     """Run `unit_error` from compiled code."""
     from .api import unit_error  # which imports this file
 
-    return unit_error(queries, k, v, slots, bounds, block, means_k, means_v, scale, backend=backend)
+    return unit_error(queries, k, v, slots, bounds, block, means_v, scale, backend=backend)
 
 
 @error_op.register_fake

@@ -52,7 +52,7 @@ def choose(capability: tuple[int, int], padded_dim: int, itemsize: int, rows: in
 
 @triton.jit
 def _error_kernel(
-    q_ptr, k_ptr, v_ptr, slots_ptr, bounds_ptr, means_k_ptr, means_v_ptr, top_ptr, error_ptr, total_ptr,
+    q_ptr, k_ptr, v_ptr, slots_ptr, bounds_ptr, means_v_ptr, top_ptr, error_ptr, total_ptr,
     k_stride_b, k_stride_s, k_stride_h, k_stride_d, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
     slots_stride_b, slots_stride_h, bounds_stride_b, bounds_stride_h, heads, rows, units, to_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, UNITS: tl.constexpr,
@@ -64,8 +64,7 @@ def _error_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, D_PAD)
     q_ptr += bh * rows * D
-    asking = tl.minimum(row, rows - 1)
-    q = vectors_of(q_ptr, asking, D, 1, D, D_PAD).to(k_ptr.dtype.element_ty)
+    q = vectors_of(q_ptr, tl.minimum(row, rows - 1), D, 1, D, D_PAD).to(k_ptr.dtype.element_ty)
     if INTERPRETED:
         q = q.to(tl.float32)
     k_ptr += b * k_stride_b + h * k_stride_h
@@ -81,6 +80,7 @@ def _error_kernel(
     upto = tl.cumsum(tiles, 0)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    middle = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D_PAD], tl.float32)
     tokens = 0
     for tile in range(tl.sum(tiles, 0)):
@@ -93,10 +93,11 @@ def _error_kernel(
         real = token >= 0
         tokens = tl.where(nth == 0, 0, tokens) + tl.sum(real.to(tl.int32), 0)
         top, total = tl.where(nth == 0, float("-inf"), top), tl.where(nth == 0, 0.0, total)
-        out = tl.where(nth == 0, 0.0, out)
+        middle, out = tl.where(nth == 0, 0.0, middle), tl.where(nth == 0, 0.0, out)
         k = vectors_of(k_ptr, tl.maximum(token, 0), k_stride_s, k_stride_d, D, D_PAD)
         v = vectors_of(v_ptr, tl.maximum(token, 0), v_stride_s, v_stride_d, D, D_PAD)
         logits = tl.dot(q, k.T, input_precision=PRECISION) * to_log2
+        middle += tl.sum(tl.where(real[None, :], logits, 0.0), 1)
         logits = tl.where(real[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         # a unit that has shown no key yet keeps top = -inf: subtract 0 there, since -inf - -inf is NaN
@@ -106,12 +107,9 @@ def _error_kernel(
         out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
         if first + TILE_K >= end:
-            at = (bh * units + unit) * D + d
-            mean_k = tl.load(means_k_ptr + at, mask=d < D, other=0.0)
-            mean_v = tl.load(means_v_ptr + at, mask=d < D, other=0.0)
-            # read again: kept all the way, they would take a quarter of the registers
-            again = vectors_of(q_ptr, asking, D, 1, D, D_PAD).to(k_ptr.dtype.element_ty).to(tl.float32)
-            pooled = tl.exp2(tl.sum(again * mean_k[None, :], 1) * to_log2 - shift) * tokens
+            mean_v = tl.load(means_v_ptr + (bh * units + unit) * D + d, mask=d < D, other=0.0)
+            # the mean key's logit is the mean of its keys' logits
+            pooled = tl.exp2(middle / tl.maximum(tokens, 1) - shift) * tokens
             apart = out - tl.where(tokens > 0, pooled[:, None] * mean_v[None, :], 0.0)
             place = (bh * rows + row) * units + unit
             tl.store(top_ptr + place, top, mask=row < rows)
@@ -126,16 +124,14 @@ def lengths(
     slots: Tensor,
     bounds: Tensor,
     block: int,
-    means_k: Tensor,
     means_v: Tensor,
     scale: float,
 ) -> Tensor:
     """Run the kernel on a checked, non-empty call; shapes as in `unit_error`. It does not ask for `block`."""
-    shape = (*queries.shape[:3], means_k.shape[2])
+    shape = (*queries.shape[:3], means_v.shape[2])
     top, error, total = made = torch.empty(3, *shape, dtype=torch.float32, device=k.device)
     with torch.cuda.device_of(k):
-        means = (means_k.contiguous(), means_v.contiguous())
-        grid, args, constants = launch(queries, k, v, slots, bounds, means, scale, made)
+        grid, args, constants = launch(queries, k, v, slots, bounds, means_v, scale, made)
         _error_kernel[grid](*args, **constants)
     weight = (top - top.amax(-1, keepdim=True)).exp2_()
     return error * weight / (total * weight).sum(-1, keepdim=True)
@@ -147,7 +143,7 @@ def launch(
     v: Tensor,
     slots: Tensor,
     bounds: Tensor,
-    means: tuple[Tensor, Tensor],
+    means_v: Tensor,
     scale: float,
     made: Tensor,
     tile: Tile | None = None,
@@ -159,8 +155,8 @@ def launch(
     slots, bounds = slots.contiguous(), bounds.contiguous()
     lead = (s if n > 1 else 0 for x in (slots, bounds) for s, n in zip(x.stride()[:2], x.shape[:2], strict=True))
     args = (
-        queries.contiguous(), k, v, slots, bounds, *means, *made, *k.stride(), *v.stride(), *lead, h, rows, units,
-        scale * LOG2_E.value,
+        queries.contiguous(), k, v, slots, bounds, means_v.contiguous(), *made, *k.stride(), *v.stride(), *lead,
+        h, rows, units, scale * LOG2_E.value,
     )  # fmt: skip
     constants = {
         "D": dim, "D_PAD": padded, "ROWS": tile.rows, "TILE_K": tile.slots, "UNITS": UNITS,

@@ -205,7 +205,7 @@ def compile_unit_error(capability: int, dim: int, dtype: torch.dtype) -> triton.
     slots, bounds = torch.zeros(1, 16, 2048, dtype=torch.int32), torch.zeros(1, 16, 101, dtype=torch.int64)
     made = torch.zeros(3, 1, 16, 300, 100)
     tile = erring.choose(divmod(capability, 10), triton.next_power_of_2(dim), k.element_size(), 300)
-    _, args, constants = erring.launch(q, k, k, slots, bounds, (means, means), 0.1, made, tile)
+    _, args, constants = erring.launch(q, k, k, slots, bounds, means, 0.1, made, tile)
     return compile_launch(erring._error_kernel, capability, args, constants)
 
 
