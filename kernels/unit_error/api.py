@@ -37,7 +37,7 @@ def unit_error(
         block: slots that units are whole numbers of, a multiple of 16.
         means_v: float32 [B, H, units, D], the mean v̄ of each unit's n tokens. Their k̄ is not asked for: q k̄ is the mean
             of q k_j.
-        scale: what products of queries and keys are multiplied by.
+        scale: what products of queries and keys are multiplied by, above 0.
         backend: None takes Triton on CUDA where it can run, else the reference; a name is obeyed.
 
     Returns:
@@ -53,6 +53,8 @@ def unit_error(
     if torch.compiler.is_compiling():
         return error_op(queries, k, v, slots, bounds, block, means_v, scale, backend)
     _check(queries, k, v, slots, bounds, block, means_v)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; expected a number above 0")
     if _uses_triton(k, queries, bounds, backend):
         from .triton import lengths
     else:

@@ -204,9 +204,14 @@ def compile_unit_error(capability: int, dim: int, dtype: torch.dtype) -> triton.
     q, k, means = torch.zeros(1, 16, 300, dim), torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1, 16, 100, dim)
     slots, bounds = torch.zeros(1, 16, 2048, dtype=torch.int32), torch.zeros(1, 16, 101, dtype=torch.int64)
     made = torch.zeros(3, 1, 16, 300, 100)
-    tile = erring.choose(divmod(capability, 10), triton.next_power_of_2(dim), k.element_size(), 300)
+    tile = erring.choose(divmod(capability, 10), triton.next_power_of_2(dim), k.element_size())
     _, args, constants = erring.launch(q, k, k, slots, bounds, means, 0.1, made, tile)
     return compile_launch(erring._error_kernel, capability, args, constants)
+
+
+def compile_error_share(capability: int) -> triton.compiler.CompiledKernel:
+    _, args, constants = erring.sharing(torch.zeros(3, 1, 40, 591, 1183), 0.1)
+    return compile_launch(erring._share_kernel, capability, args, constants)
 
 
 def compile_top_mass(capability: int) -> triton.compiler.CompiledKernel:
@@ -302,6 +307,7 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "lists": lambda capability: compile_lists(capability, bits=False),
     "lists-bits": lambda capability: compile_lists(capability, bits=True),
     "top-mass": compile_top_mass,
+    "unit-error-share": compile_error_share,
     "unit-error-64": lambda capability: compile_unit_error(capability, 64, BF16),
     "unit-error-128": lambda capability: compile_unit_error(capability, 128, BF16),
     "unit-error-256": lambda capability: compile_unit_error(capability, 256, BF16),

@@ -85,10 +85,14 @@ CASES = {
 }
 
 
+THOUSAND = "more than a thousand units"  # so many that a row is put together in parts
+LARGE = {THOUSAND: {"units": 1030, "rows": 1, "length": 1300, "heads": 1, "dim": 16}}
+
+
 @on_both
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, pytest.param(THOUSAND, marks=pytest.mark.full)])
 def test_matches_the_definition(case, backend, device):
-    given = call(sorted(CASES).index(case), **CASES[case])
+    given = call(sorted({**CASES, **LARGE}).index(case), **{**CASES, **LARGE}[case])
     out = unit_error(**moved(given, device), backend=backend).cpu()
     assert out.dtype == torch.float32
     gold = slowly(given, torch.float64)
@@ -119,6 +123,7 @@ def test_what_is_not_finite_shows_in_its_head_alone(name, bad, backend, device):
         ({"v": torch.zeros(1, 60, 2, 8)}, "v [1, 60, 2, 8]"),
         ({"slots": torch.zeros(1, 2, 80)}, "slots is [1, 2, 80] torch.float32"),
         ({"block": 24}, "block is 24"),
+        ({"scale": -0.3}, "scale is -0.3"),
         ({"means_v": torch.zeros(1, 2, 3, 24)}, "means_v is [1, 2, 3, 24]"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
