@@ -364,9 +364,16 @@ RECIPES: dict[str, Recipe] = {
     auto().name: auto().at(),
 }
 
-_PRESET = {"order": DRAFT_TILES, "score": PooledScore(), "adaptive": True, "sources": (papers.DRAFT,)}
+_PRESET = {
+    "order": HilbertOrder(key_run=64),
+    "score": PooledScore(weigh=True),
+    "correct": CentroidCorrect(),
+    "every": 4,
+    "adaptive": True,
+    "sources": (papers.EAR, papers.SPARGE),
+}
 PRESETS = _by_name(
-    Recipe(name="quality", select=TopKSelect(density=0.5), dense_steps=0.25, **_PRESET),
-    Recipe(name="balanced", select=TopKSelect(density=0.3), dense_steps=0.2, **_PRESET),
-    Recipe(name="fast", select=TopKSelect(density=0.2), dense_steps=0.15, every=2, **_PRESET),
+    Recipe(name="quality", select=ErrorSelect(density=0.3), dense_steps=0.25, **_PRESET),
+    Recipe(name="balanced", select=ErrorSelect(density=0.2), dense_steps=0.2, **_PRESET),
+    Recipe(name="fast", select=ErrorSelect(density=0.1), dense_steps=0.15, **_PRESET),
 )
