@@ -1,10 +1,10 @@
 """Hold a plan's time model against the step benchmark, leave-one-out, and write the table it reads.
 
-    python -m dit_accel.eval.bench_plan [--results FOLDER] [--set KEY=VALUE...] [--out FILE]
+    python -m dit_accel.eval.bench_plan [--results FOLDER] [--out FILE]
 
 Reads `step_*.json` of `eval/bench_step.py`, counts on no device what each of its cases does, and models every step of a
-case from the rows of all other cases alone. Runs anywhere. A GPU needs three cases at least. `--set` gives settings
-that the measured recipe had when it was measured, where it has others today.
+case from the rows of all other cases alone. Runs anywhere. A GPU needs three cases at least. A result's `settings`,
+written by hand, are those that its recipe had when it was measured, where it has others today.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dit_accel.errors import ConfigError
 from dit_accel.eval.modelled import RESULTS, step_results
 from dit_accel.eval.step_cases import CASES
 from dit_accel.hosts import family_of
-from dit_accel.pipelines.cli import parse_overrides
 from dit_accel.planning.models import true_twin
 from dit_accel.planning.rates import TABLE, Case, Judged, Point, device, leave_one_out, mean_error
 from dit_accel.planning.survey import survey
@@ -71,8 +70,9 @@ def measured_case(name: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) 
     )
 
 
-def measured_device(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def measured_device(data: Mapping[str, Any]) -> dict[str, Any]:
     """Turn one result of the step benchmark into an entry of the plan's table."""
+    settings = data.get("settings", {})
     names = list(dict.fromkeys(row["case"] for row in data["rows"]))
     if len(names) < LEAST_CASES:
         raise ConfigError(f"{data['gpu']}: {len(names)} cases were measured, but leaving one out needs {LEAST_CASES}.")
@@ -105,14 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the step benchmark's results")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe when measured"
-    )
     options = parser.parse_args(argv)
-    settings = parse_overrides(None, options.set)
     console, made = Console(width=110), {}
     for file, data in step_results(options.results):
-        made[file.stem.removeprefix("step_")] = entry = measured_device(data, settings)
+        made[file.stem.removeprefix("step_")] = entry = measured_device(data)
         console.print(error_table(data["gpu"], leave_one_out(device("", entry).cases)))
     if not made:
         raise SystemExit(f"{options.results} holds no step_*.json of eval/bench_step.py")

@@ -30,7 +30,7 @@ def plan(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda, or a measured GPU (h100); this machine's, else the measured one.", show_default=False
+            help="cpu, cuda, or a measured GPU (h200); this machine's, else a measured one.", show_default=False
         ),
     ] = None,
     as_json: options.Json = False,

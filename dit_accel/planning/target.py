@@ -25,11 +25,15 @@ def target(name: str | None, lies: torch.device | None) -> Target:
     """Settle where a run is planned; ConfigError for a device that is neither here nor measured.
 
     `name`: "cpu", "cuda", or a measured GPU's or a part of it; None: where the model `lies`, else this machine's GPU,
-    else the measured one.
+    else a measured one, first those that were measured with today's presets.
     """
     known, here = devices(), _local()
     if name is None:
-        name = lies.type if lies is not None else here or next(iter(known), "cpu")
+        name = (
+            lies.type
+            if lies is not None
+            else here or min(known, key=lambda gpu: len(known[gpu].settings), default="cpu")
+        )
     if name == "cpu":
         return Target(CPU, None, "cpu")
     if name == "cuda":
