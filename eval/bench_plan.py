@@ -76,7 +76,7 @@ def measured_device(data: Mapping[str, Any]) -> dict[str, Any]:
     names = list(dict.fromkeys(row["case"] for row in data["rows"]))
     if len(names) < LEAST_CASES:
         raise ConfigError(f"{data['gpu']}: {len(names)} cases were measured, but leaving one out needs {LEAST_CASES}.")
-    recipe = resolve(data["recipe"], **settings)
+    recipe = resolve({"base": data["recipe"], **settings})
     cases = [measured_case(n, recipe, [row for row in data["rows"] if row["case"] == n]) for n in names]
     return {
         "gpu": data["gpu"],

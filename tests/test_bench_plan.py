@@ -16,7 +16,7 @@ from dit_accel.sparsity.recipes import resolve
 
 
 def test_too_few_cases_are_refused(tmp_path: Path) -> None:
-    (file,) = RESULTS.glob("step_nvidia*.json")
+    file = next(RESULTS.glob("step_nvidia*.json"))
     data = json.loads(file.read_text())
     data["rows"] = [row for row in data["rows"] if row["case"] in ("wan-14b-720p-81", "flux-4096")]
     (tmp_path / file.name).write_text(json.dumps(data))
@@ -44,15 +44,16 @@ def test_every_case_of_the_step_benchmark_can_be_judged(name: str) -> None:
     assert case.masked == (true.model.name == "hunyuan-video")
     assert case.slots >= case.tokens - (true.text // 2 if case.masked else 0)
     assert case.whole == (true.model.name == "flux")
-    assert case.pooled == 0
+    assert case.pooled >= case.slots // 64  # mean keys of 64 tokens
 
 
 @pytest.mark.full
-def test_a_case_of_a_corrected_recipe_counts_its_mean_keys() -> None:
+def test_only_a_corrected_recipe_counts_its_mean_keys() -> None:
     row = dict.fromkeys(("density", "step_ms", "kernel_ms", "decision_ms", "reuse_ms", "attention_share"), 0.5)
     rows = [{**row, "stock_step_ms": 2.0, "sdpa_ms": 1.0}]
     case = bench_plan.measured_case("flux-4096", resolve("hilbert-ear", density=0.3), rows)
     assert case.pooled == 2 * case.units == 2 * case.slots // 128
+    assert bench_plan.measured_case("flux-4096", resolve("draft", density=0.3), rows).pooled == 0
 
 
 @pytest.mark.full
@@ -61,11 +62,9 @@ def test_the_committed_table_is_what_the_committed_results_make(
 ) -> None:
     """All true models at full depth; marked full for the seconds that takes."""
     committed = json.loads(rates.TABLE.read_text())
-    (settings,) = {json.dumps(entry["settings"]) for entry in committed.values()}
     for file in RESULTS.glob("step_nvidia*.json"):
         shutil.copy(file, tmp_path)
     out = tmp_path / "out.json"
-    changes = [f"{key}={json.dumps(value)}" for key, value in json.loads(settings).items()]
-    bench_plan.main(["--results", str(tmp_path), "--out", str(out), *(["--set", *changes] if changes else [])])
+    bench_plan.main(["--results", str(tmp_path), "--out", str(out)])
     assert json.loads(out.read_text()) == committed
     assert "mean absolute error" in capsys.readouterr().out

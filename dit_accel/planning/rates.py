@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -120,32 +121,33 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Rates:
-    """Costs in ms, each of two kinds of work, and dense attention's FLOPs a ms, from some measured cases.
+    """Costs in ms, each of some kinds of work, and dense attention's FLOPs a ms, from some measured cases.
 
     `rest`: of a FLOP and of a byte; `kernel`, `decision`, `reuse`: as `Sparse` counts, `kernel` with and without holes
     in its blocks, which take another path. `dense`, `masked`: (tokens, rate) of dense attention, the latter where stock
     is given a mask. What no case shows (masks, or blocks of one sort) has the rate of the other sort.
     """
 
-    rest: tuple[float, float]
+    rest: tuple[float, ...]
     dense: tuple[tuple[int, float], ...]
     masked: tuple[tuple[int, float], ...]
-    kernel: Mapping[bool, tuple[float, float]]
-    decision: tuple[float, float]
-    reuse: tuple[float, float]
+    kernel: Mapping[bool, tuple[float, ...]]
+    decision: tuple[float, ...]
+    reuse: tuple[float, ...]
 
     @classmethod
     def fit(cls, cases: Sequence[Case]) -> Rates:
         """Read the rates off measured cases, at least two."""
         rows = [(case.sparse(p.density), p) for case in cases for p in case.points]
-        decisions = [sparse.decision for sparse, _ in rows]
+        # timed alone, a short decision takes as long as its launches; in a step the GPU is at work meanwhile
+        decisions = [(*sparse.decision, 1.0) for sparse, _ in rows]
         return cls(
             rest=costs([(c.matmul, c.traffic) for c in cases], [c.stock_ms - c.attention_ms for c in cases]),
             dense=tuple((c.tokens, c.flops / (c.sdpa_ms if c.masked else c.attention_ms / c.sites)) for c in cases),
             masked=tuple((c.tokens, c.flops * c.sites / c.attention_ms) for c in cases if c.masked),
             kernel={whole: _kernel(rows, whole) for whole in (False, True)},
-            decision=costs(decisions, [p.decision_ms for _, p in rows]),
-            reuse=costs(decisions, [p.reuse_ms for _, p in rows]),
+            decision=costs(decisions, [p.decision_ms for _, p in rows])[:2],
+            reuse=costs(decisions, [p.reuse_ms for _, p in rows])[:2],
         )
 
     def rest_ms(self, matmul: float, traffic: float) -> float:
@@ -203,23 +205,24 @@ def mean_error(judged: Iterable[Judged]) -> float:
     return float(np.mean([abs(one.error) for one in judged]))
 
 
-def costs(work: Sequence[tuple[float, float]], ms: Sequence[float]) -> tuple[float, float]:
-    """Solve ms = work · costs for two costs of at least 0, every row counting by its relative error."""
+def costs(work: Sequence[tuple[float, ...]], ms: Sequence[float]) -> tuple[float, ...]:
+    """Solve ms = work · costs for costs of at least 0, every row counting by its relative error."""
     rows = np.array(work) / np.array(ms)[:, None]
-    size, best = rows.max(0), (np.inf, np.zeros(2))
-    for used in ([0, 1], [0], [1]):
-        found = np.zeros(2)
+    size, kinds = rows.max(0), range(rows.shape[1])
+    best = (np.inf, np.zeros(len(kinds)))
+    for used in (list(some) for n in kinds for some in combinations(kinds, n + 1)):
+        found = np.zeros(len(kinds))
         found[used] = np.linalg.lstsq(rows[:, used] / size[used], np.ones(len(rows)))[0] / size[used]
         missed = float(np.square(rows @ found - 1).sum())
         if (found >= 0).all() and missed < best[0]:
             best = (missed, found)
-    return float(best[1][0]), float(best[1][1])
+    return tuple(float(cost) for cost in best[1])
 
 
-def _kernel(rows: Sequence[tuple[Sparse, Point]], whole: bool) -> tuple[float, float]:
+def _kernel(rows: Sequence[tuple[Sparse, Point]], whole: bool) -> tuple[float, ...]:
     alike = [(sparse, point) for sparse, point in rows if sparse.whole is whole] or rows
     return costs([sparse.kernel for sparse, _ in alike], [point.kernel_ms for _, point in alike])
 
 
-def _spent(work: tuple[float, float], cost: tuple[float, float]) -> float:
-    return work[0] * cost[0] + work[1] * cost[1]
+def _spent(work: Sequence[float], cost: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(work, cost, strict=True))

@@ -29,11 +29,8 @@ def target(name: str | None, lies: torch.device | None) -> Target:
     """
     known, here = devices(), _local()
     if name is None:
-        name = (
-            lies.type
-            if lies is not None
-            else here or min(known, key=lambda gpu: len(known[gpu].settings), default="cpu")
-        )
+        today = min(known, key=lambda gpu: len(known[gpu].settings), default="cpu")
+        name = lies.type if lies is not None else here or today
     if name == "cpu":
         return Target(CPU, None, "cpu")
     if name == "cuda":

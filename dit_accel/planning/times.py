@@ -44,7 +44,7 @@ class Clock:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe whose steps were measured."""
-        return resolve(self.device.recipe, **self.device.settings)
+        return resolve({"base": self.device.recipe, **self.device.settings})
 
     @cached_property
     def error(self) -> Error:
