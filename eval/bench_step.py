@@ -6,8 +6,9 @@
 Both run in one process on the same inputs, in bf16, stock with cuDNN's attention where it takes the call. Before a case
 is timed, its first attention layer is run on a plan that holds all pairs and held against stock. A step is
 extrapolated: the median time of a block of each kind times the real number of such blocks, plus all that lies outside
-of the blocks. The accelerated step decides anew in every layer at every step (every=1), which is the dearest way;
-what a decision costs, and what it costs to expand a kept one, stands in columns of its own. Amdahl's bound is the
+of the blocks. The accelerated step is timed deciding anew in every layer, which is the dearest way, and again with
+decisions kept; `paced` is the mean over as many steps as the recipe keeps one (its own `every`). What a decision costs
+alone, and what it costs to expand a kept one, stands in columns of its own. Amdahl's bound is the
 step with stock's attention time multiplied by the density and everything else as it was; where stock's attention is
 slowed by a mask that ours leaves out (HunyuanVideo), it can be passed, and `sdpa_ms` tells the maskless time. Rows are
 written as they come; rows of other cases from the same commit, device and versions are kept. `--compiled` times each
@@ -52,8 +53,9 @@ class Row:
 
     `step_ms` and `stock_step_ms` are extrapolated to the full depth; `bound` is Amdahl's; `decision_ms`: choosing the
     pairs; `reuse_ms`: expanding a kept choice; `kernel_ms`: the sparse kernel; `sdpa_ms`: dense attention without a
-    mask on the same queries and keys; `stock_layer_ms`: stock's own attention call, mask included. `compiled` holds
-    the same step with compiled blocks, where that was timed.
+    mask on the same queries and keys; `stock_layer_ms`: stock's own attention call, mask included. `kept_step_ms`: a
+    step that takes over decisions, `every` the steps for which the recipe keeps one. `compiled` holds the same step
+    with compiled blocks, where that was timed.
     """
 
     case: str
@@ -75,6 +77,15 @@ class Row:
     measured_layers: int
     depth: int
     compiled: Compiled | None = None
+    kept_step_ms: float | None = None
+    every: int = 1
+
+    @property
+    def paced(self) -> float | None:
+        """Times faster than stock over the life of a decision; None where no kept step was timed."""
+        if self.kept_step_ms is None:
+            return None
+        return self.stock_step_ms * self.every / (self.step_ms + (self.every - 1) * self.kept_step_ms)
 
 
 def checked_error(bench: Bench, recipe: Recipe) -> tuple[float, int]:
@@ -96,7 +107,7 @@ def checked_error(bench: Bench, recipe: Recipe) -> tuple[float, int]:
     return error, cells
 
 
-def measure(bench: Bench, recipe: Recipe, tokens: int, stock: StepTime, error: float, backend: str) -> Row:
+def measure(bench: Bench, recipe: Recipe, every: int, tokens: int, stock: StepTime, error: float, backend: str) -> Row:
     """Time one density of a checked case."""
     kept: list[AttentionCall] = []
 
@@ -111,6 +122,10 @@ def measure(bench: Bench, recipe: Recipe, tokens: int, stock: StepTime, error: f
         handle.stages = ()
         ours = bench.timed(lambda index: handle.step(index + 1, STEPS, "cond"))
         density = handle.report().density
+    with accelerate(bench.model, recipe.override(every=STEPS)) as handle:
+        handle.step(0, STEPS, "cond")
+        bench.forward()  # decides
+        later = bench.timed(lambda index: handle.step(index + 1, STEPS, "cond"))
     parts = layer_parts(bench, recipe, kept[0])
     bound = stock.step / (stock.step - stock.attention * (1 - density))
     return Row(
@@ -129,6 +144,8 @@ def measure(bench: Bench, recipe: Recipe, tokens: int, stock: StepTime, error: f
         stock_backend=backend,
         measured_layers=bench.case.layers * len(bench.case.groups),
         depth=bench.case.depth,
+        kept_step_ms=later.step,
+        every=every,
     )
 
 
@@ -156,7 +173,8 @@ def layer_parts(bench: Bench, recipe: Recipe, call: AttentionCall) -> dict[str, 
 def run_case(case: Case, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Build, check and time one case, a row a density; each row comes again when its compiled step was timed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    recipe = resolve(options.recipe, density=options.densities[0], dense_steps=0, dense_layers=0, every=1)
+    recipe = resolve(options.recipe, density=options.densities[0], dense_steps=0, dense_layers=0)
+    recipe, every = recipe.override(every=1), recipe.every
     bench = Bench(case, device, dtype, options.repeats)
     backend = bench.choose_backends()
     error, cells = checked_error(bench, recipe)
@@ -165,7 +183,7 @@ def run_case(case: Case, options: argparse.Namespace, device: torch.device) -> I
     stock = bench.timed_stock(tokens)
     rows = []
     for density in options.densities:
-        rows.append(measure(bench, recipe.override(density=density), tokens, stock, error, backend))
+        rows.append(measure(bench, recipe.override(density=density), every, tokens, stock, error, backend))
         yield rows[-1]
     if options.compiled:
         recipes = [recipe.override(density=density) for density in options.densities]
@@ -177,8 +195,8 @@ def table(rows: Sequence[Row]) -> Table:
     """Lay rows out for reading; times of steps in seconds, of layers in ms."""
     shown = Table(title="one denoising step, extrapolated to the full depth", caption=_CAPTION)
     for name in (
-        "case", "density", "stock s", "ours s", "speedup", "Amdahl", "attention", "stock layer", "no mask", "kernel",
-        "decision", "reuse", "error",
+        "case", "density", "stock s", "ours s", "speedup", "paced", "Amdahl", "attention", "stock layer", "no mask",
+        "kernel", "decision", "reuse", "error",
     ):  # fmt: skip
         shown.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     for r in rows:
@@ -188,6 +206,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{r.stock_step_ms / 1e3:.3f}",
             f"{r.step_ms / 1e3:.3f}",
             f"{r.speedup:.2f}x",
+            f"{r.paced:.2f}x" if r.paced else "",
             f"{r.bound:.2f}x",
             f"{r.attention_share:.0%}",
             *(f"{x:.2f}" for x in (r.stock_layer_ms, r.sdpa_ms, r.kernel_ms, r.decision_ms, r.reuse_ms)),
@@ -211,8 +230,8 @@ def compiled_table(rows: Sequence[Row]) -> Table:
 
 _COMPILED_CAPTION = "error: of the first attention over all pairs, compiled against eager"
 _CAPTION = (
-    "attention: its share of the stock step; of one layer, in ms: stock's attention call, dense attention without a "
-    "mask, our kernel, a decision, a kept decision used again"
+    "paced: over the life of a decision; attention: its share of the stock step; of one layer, in ms: stock's "
+    "attention call, dense attention without a mask, our kernel, a decision, a kept decision used again"
 )
 
 
