@@ -1,12 +1,12 @@
-"""Check and time means of units, k-means, norm and rotation, and a plan's special branches, each beside its bound.
+"""Check and time means of units, k-means, errors of means, norm and rotation, and a plan's special branches.
 
     python -m dit_accel.eval.bench_fused [--out FOLDER] [--cases NAME...] [--only KIND...] [--tiny]
         [--commit HASH]
 
 Every operation is first held against float64 on sampled rows of the very inputs that are timed; a wrong one is not
-timed. Times are medians of `triton.testing.do_bench` (with --tiny, on a CPU, of the clock). Beside each stands the
-least time that its bytes or its FLOPs allow, from the data sheet of an H100 SXM: 3.35 TB/s and 989 TFLOP/s (bf16,
-dense).
+timed. Times are medians of `triton.testing.do_bench` (with --tiny, on a CPU, of the clock). Beside each stands its
+bound, the least time that its bytes or its FLOPs allow, from the data sheet of an H100 SXM: 3.35 TB/s and 989 TFLOP/s
+(bf16, dense).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dit_accel.eval import branch_rows, norm_rope_rows
+from dit_accel.eval import branch_rows, error_rows, norm_rope_rows
 from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.unit_means import unit_means
 from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
 
-KINDS = ("means", "norm-rope", "branches")
+KINDS = ("means", "errors", "norm-rope", "branches")
 BYTES_PER_MS, FLOPS_PER_MS = 3.35e9, 989e9
 WORST_MEAN = 1e-5  # relative to the largest mean, of sums in fp32
 WORST_EXCESS = 1e-2  # relative to the mean distance, of centroids rounded to bf16
@@ -66,7 +66,7 @@ class Row:
 
 
 def row(
-    case: Case | norm_rope_rows.Case | branch_rows.Case,
+    case: Case | error_rows.Case | norm_rope_rows.Case | branch_rows.Case,
     operation: str,
     run: Callable[[], Any],
     error: float,
@@ -198,6 +198,13 @@ def run_case(case: Case, device: torch.device) -> Iterator[Row]:
 
 
 @torch.no_grad()
+def run_errors(case: error_rows.Case, device: torch.device) -> Iterator[Row]:
+    """What it costs the output to let means stand for a unit, by which presets choose."""
+    for timed in error_rows.error_rows(case, device):
+        yield row(case, timed.name, timed.run, timed.error, timed.moved, timed.flops)
+
+
+@torch.no_grad()
 def run_norm_rope(case: norm_rope_rows.Case, device: torch.device) -> Iterator[Row]:
     """Norm and rotation of queries and keys: stock's modules one after the other, and in one pass."""
     for timed in norm_rope_rows.norm_rope_rows(case, device):
@@ -230,7 +237,7 @@ def write(path: Path, source: dict[str, str], rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    names = sorted({case.name for case in (*CASES, *norm_rope_rows.CASES, *branch_rows.CASES)})
+    names = sorted({case.name for case in (*CASES, *error_rows.CASES, *norm_rope_rows.CASES, *branch_rows.CASES)})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models to time")
@@ -245,10 +252,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device, options.commit)
     kind = "fused_tiny" if options.tiny else "fused"
     path = options.out / f"{kind}_{'-'.join(source['gpu'].lower().split())}.json"
-    full = (CASES, norm_rope_rows.CASES, branch_rows.CASES)
-    means, turned, branches = (TINY, norm_rope_rows.TINY, branch_rows.TINY) if options.tiny else full
+    full = (CASES, error_rows.CASES, norm_rope_rows.CASES, branch_rows.CASES)
+    tiny = (TINY, error_rows.TINY, norm_rope_rows.TINY, branch_rows.TINY)
+    means, errors, turned, branches = tiny if options.tiny else full
     kinds = {
         "means": [(run_case, case) for case in means],
+        "errors": [(run_errors, case) for case in errors],
         "norm-rope": [(run_norm_rope, case) for case in turned],
         "branches": [(run_branches, case) for case in branches],
     }

@@ -27,6 +27,7 @@ def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
         names = {row.operation for row in rows if row.case == case.name}
         whats = ("means", f"k-means {case.clusters[0]}")
         assert {f"{what} {by}" for what in whats for by in ("triton", "reference")} <= names
+    assert {"errors 3x7 triton", "errors 3x7 reference"} <= {row.operation for row in rows}
     for case in bench_fused.norm_rope_rows.TINY:
         names = {row.operation for row in rows if row.case == case.name}
         assert names >= {f"norm+rope {by}" for by in ("stock", "triton", "reference")}
@@ -73,6 +74,13 @@ def test_wrong_branches_are_not_timed(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench_fused.branch_rows, name, wrong)
     with pytest.raises(RuntimeError, match=r"errs by .* not timed"):
         list(bench_fused.branch_rows.branch_rows(bench_fused.branch_rows.TINY[0], torch.device("cpu")))
+
+
+def test_wrong_errors_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_fused.error_rows.unit_error
+    monkeypatch.setattr(bench_fused.error_rows, "unit_error", lambda *args, **more: right(*args, **more).roll(1, 3))
+    with pytest.raises(RuntimeError, match=r"errors 3x7 triton errs by .* not timed"):
+        list(bench_fused.run_errors(bench_fused.error_rows.TINY[0], torch.device("cpu")))
 
 
 def test_bounds_are_the_larger_of_bytes_and_flops() -> None:
