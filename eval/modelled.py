@@ -2,7 +2,8 @@
 
 It needs `benchmarks/results/step_*.json` of `eval/bench_step.py`; without such a file there is no such axis. What a
 recipe's own decisions and blocks cost beside the benchmark's recipe is taken from `decide_*.json` of
-`eval/bench_decide.py`, where that has both at the same shape.
+`eval/bench_decide.py`, where that has both at the same shape. Both are told apart only for a recipe that decides at
+every step, so results of one that keeps decisions are no such axis.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from dit_accel.errors import ConfigError
+from dit_accel.sparsity.recipes import resolve
 
 from .store import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NUMBERS = ("density", "step_ms", "stock_step_ms")  # that every row must hold
 BENCHMARKED = "balanced"  # the recipe whose steps were measured
+SHAPES = ("wan-14b-720p-81", "flux-4096")  # a long clip and a large picture; of results that have neither, all
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,19 @@ def models(folder: Path = RESULTS) -> list[Model]:
     return [
         _model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case], folder)
         for _, data in step_results(folder)
-        for case in dict.fromkeys(row["case"] for row in data["rows"])
+        if _decides_always(data)
+        for case in _shapes(data)
     ]
+
+
+def _decides_always(data: Mapping[str, Any]) -> bool:
+    """Whether the measured recipe, as it was then, decides at every step."""
+    return "recipe" not in data or resolve({"base": data["recipe"], **data.get("settings", {})}).every == 1
+
+
+def _shapes(data: Mapping[str, Any]) -> list[str]:
+    cases = list(dict.fromkeys(row["case"] for row in data["rows"]))
+    return [case for case in SHAPES if case in cases] or cases
 
 
 def step_results(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from .store import DensityMap, Row
 from .summary import Standing, pareto
@@ -87,7 +89,7 @@ def map_plot(shown: DensityMap) -> bytes:
     axes.set_xlabel("step")
     axes.set_ylabel("site")
     figure.colorbar(picture, ax=axes, label="density")
-    return _saved(figure)
+    return _pixels(figure)
 
 
 def _draw_floors(axes: Axes, lines: Sequence[Standing], top: float) -> None:
@@ -138,6 +140,18 @@ def _legend(axes: Axes) -> None:
 
 
 def _saved(figure: Any) -> bytes:
+    """Write an SVG, small: letters stay text, and places have two digits behind the point, a hundredth of a point."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(rb"(\d\.\d\d)\d+", rb"\1", buffer.getvalue())
+
+
+def _pixels(figure: Any) -> bytes:
+    """Write a small PNG of few colours: a page has one map a candidate."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=80)
+    Image.open(drawn).convert("RGB").quantize(64).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

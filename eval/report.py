@@ -136,7 +136,7 @@ def html(summary: Summary) -> str:
         source
     )
     first = _first_of_each(summary.rows)
-    maps = [(row.candidate, _uri(plots.map_plot(row.map), "svg+xml")) for row in first if row.map is not None]
+    maps = [(row.candidate, _uri(plots.map_plot(row.map), "png")) for row in first if row.map is not None]
     return template.render(
         summary=summary,
         tables=summary.shown,

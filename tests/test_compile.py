@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import dit_accel
 from dit_accel import compiled
 from dit_accel.call import AttentionCall
+from dit_accel.config import Recipe
 from dit_accel.kernels.block_lists.op import lists_op
 from dit_accel.kernels.block_mass.op import mass_op as block_mass_op
 from dit_accel.kernels.block_max.op import max_op
@@ -28,6 +29,7 @@ from dit_accel.kernels.qk_norm_rope.op import norm_rope_op
 from dit_accel.kernels.row_shares.op import keys_op, units_op
 from dit_accel.kernels.top_mass.op import mass_op
 from dit_accel.kernels.unit_error.op import error_op
+from dit_accel.sparsity.recipes import resolve
 
 STEPS = 4
 RECIPE = SPARSE.override(dense_steps=0.25)  # one dense step, then plans decided anew at every step
@@ -70,18 +72,18 @@ def generate(pipe: Any, call: dict[str, Any], **changes: Any) -> torch.Tensor:
         torch.compiler.set_stance("default")
 
 
-def check_like_eager(name: str, how: str, backend: str = "aot_eager") -> int:
+def check_like_eager(name: str, how: str, backend: str = "aot_eager", recipe: Recipe = RECIPE) -> int:
     """Hold a compiled pipeline against itself: accelerated, dense, restored, accelerated again; return new graphs."""
     rounding, exactly = {"rtol": 1e-4, "atol": 1e-4}, {"rtol": 0, "atol": 0}
     like_stock = exactly if backend == "aot_eager" else rounding
     like_eager = rounding if name == "hunyuan_video" else like_stock  # eager code projects no padding: other shapes
     pipe, call = tiny.FAMILIES[name]()
-    with dit_accel.accelerate(pipe, RECIPE) as handle:
+    with dit_accel.accelerate(pipe, recipe) as handle:
         eager, expected = tiny.generate(pipe, call, steps=STEPS), handle.report()
     compile_it(pipe, how, backend)
     stock = generate(pipe, call)
     before = graphs()
-    with dit_accel.accelerate(pipe, RECIPE) as handle:
+    with dit_accel.accelerate(pipe, recipe) as handle:
         ours, report = generate(pipe, call), handle.report()
         added = graphs() - before
     torch.testing.assert_close(ours, eager, **like_eager)
@@ -90,9 +92,9 @@ def check_like_eager(name: str, how: str, backend: str = "aot_eager") -> int:
     assert report.sparse_calls == report.calls * (STEPS - 1) // STEPS
     torch.compiler.set_stance("fail_on_recompile")  # from here on everything has been compiled
     assert torch.equal(tiny.generate(pipe, call, steps=STEPS), stock)
-    with dit_accel.accelerate(pipe, RECIPE, density=1):
+    with dit_accel.accelerate(pipe, recipe, density=1):
         torch.testing.assert_close(tiny.generate(pipe, call, steps=STEPS), stock, **like_stock)
-    with dit_accel.accelerate(pipe, RECIPE):
+    with dit_accel.accelerate(pipe, recipe):
         assert torch.equal(tiny.generate(pipe, call, steps=STEPS), ours)
     return added
 
@@ -101,6 +103,13 @@ def check_like_eager(name: str, how: str, backend: str = "aot_eager") -> int:
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_compiled_is_eager(name: str, how: str) -> None:
     assert check_like_eager(name, how) == (NEW_GRAPHS[name] if how == "regional" else 1)
+
+
+@pytest.mark.parametrize(("name", "how"), [("flux", "whole"), ("wan", "regional")])
+def test_a_preset_compiled_is_eager(name: str, how: str) -> None:
+    """It decides once, keeps that, and corrects by means in a branch of its own."""
+    preset = resolve("balanced", density=0.4, dense_steps=0.25, block_q=64, block_k=64, key_run=16)
+    assert check_like_eager(name, how, recipe=preset) == 1
 
 
 @pytest.mark.full

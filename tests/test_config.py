@@ -148,8 +148,10 @@ def test_demo_model_names_are_checked() -> None:
         dit_accel.demo_model("emoji-flx")
 
 
-def test_the_example_recipe_loads_and_round_trips(tmp_path: Path) -> None:
-    recipe = resolve(Path(__file__).parent.parent / "examples" / "my_recipe.yaml")
-    assert recipe.order.kind == "hilbert"
+@pytest.mark.parametrize(("name", "order"), [("my_recipe", "hilbert"), ("means_of_tiles", "tile")])
+def test_the_example_recipes_load_and_round_trip(name: str, order: str, tmp_path: Path) -> None:
+    recipe = resolve(Path(__file__).parent.parent / "examples" / f"{name}.yaml")
+    assert recipe.order.kind == order
+    assert recipe.correct is None
     write_file(recipe, tmp_path / "copy.yaml")
     assert resolve(tmp_path / "copy.yaml") == recipe
