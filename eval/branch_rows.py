@@ -104,19 +104,19 @@ class Call:
         rows, groups = self.case.clusters
         k, v = (torch.randn(1, heads, groups, dim, device=self.device) for _ in range(2))
         tokens = torch.randint(1, 2 * self.case.picture // groups, (1, heads, groups), device=self.device)
-        allowed = torch.rand(1, heads, rows, groups, device=self.device) < SKIPPED
-        allowed[..., 0] = True
+        bias = tokens.float().log()
+        computed = torch.rand(1, heads, rows, groups, device=self.device) >= SKIPPED
+        computed[..., 0] = False
         row = torch.randint(rows, (1, heads, self.case.picture), device=self.device)
         q = self.q[:, : self.case.picture]
 
         def gold(head: int, at: Tensor) -> tuple[Tensor, Tensor]:
             logits = q[0, at, head].double() @ k[0, head].double().mT * self.scale + tokens[0, head].double().log()
-            seen = allowed[0, head, row[0, head, at]]
-            return logits.masked_fill(~seen, -math.inf), v[0, head].double()
+            return logits.masked_fill(computed[0, head, row[0, head, at]], -math.inf), v[0, head].double()
 
-        given = (k, v, tokens, allowed, row)
+        given = (k, v, bias, computed, row)
         moved = 2.0 * q.numel() * q.element_size() + sum(x.numel() * x.element_size() for x in given)
-        pairs = float(allowed.float().mean()) * self.case.picture * groups
+        pairs = float((~computed).float().mean()) * self.case.picture * groups
         for backend in BACKENDS:
             if not unsupported_reasons(backend, q):
                 run = partial(pooled_attention, q, *given, self.scale, backend=backend)

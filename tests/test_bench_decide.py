@@ -45,7 +45,7 @@ def test_recipes_are_checked_timed_and_written(tmp_path: Path, capsys: pytest.Ca
     assert all(name in shown for name in ("fast", "grat-b", "svg-ear", "again"))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("first", 42), ("kept", 18)])
+@pytest.mark.parametrize(("kind", "most"), [("first", 33), ("kept", 8)])
 def test_a_density_by_error_launches_little(kind: str, most: int) -> None:
     recipe = decide_calls.shrunk("hilbert-ear").override(density=0.3, every=4)
     calls = decide_calls.Calls(recipe, decide_calls.COUNTED, torch.device("cpu"), torch.bfloat16)

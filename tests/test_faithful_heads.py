@@ -327,7 +327,7 @@ def test_pooled_attention_of_equal_tokens_is_attention() -> None:
     allowed = torch.rand(2, 3, 2, 4, generator=g) < 0.7
     allowed[..., 1, :] = False
     row = torch.tensor([0, 0, 1, 0, 0])[None, None]
-    out, lse = pooled_attention(q, k, v, tokens, allowed, row, 0.3)
+    out, lse = pooled_attention(q, k, v, tokens.log(), ~allowed, row, 0.3)
     repeats = tokens[0, 0].long()
     keys, values = (x.repeat_interleave(repeats, 2) for x in (k, v))
     seen = allowed.repeat_interleave(repeats, 3)[:, :, row[0, 0]]
@@ -336,7 +336,7 @@ def test_pooled_attention_of_equal_tokens_is_attention() -> None:
     torch.testing.assert_close(out.transpose(1, 2), logits.softmax(-1).nan_to_num(0) @ values)
     assert (lse[:, :, 2] == -math.inf).all()
     with pytest.raises(ValueError, match="row is"):
-        pooled_attention(q, k, v, tokens, allowed, row[..., :3], 0.3)
+        pooled_attention(q, k, v, tokens.log(), ~allowed, row[..., :3], 0.3)
 
 
 def test_words_are_used() -> None:

@@ -121,7 +121,9 @@ def heads_swapped(patch: pytest.MonkeyPatch) -> None:
 
 def centroids_counted_backwards(patch: pytest.MonkeyPatch) -> None:
     original = pooled.pooled_attention
-    patch.setattr(correct, "pooled_attention", lambda q, k, v, tokens, *rest: original(q, k, v, 1 / tokens, *rest))
+    patch.setattr(
+        correct, "pooled_attention", lambda q, k, v, bias, *rest, **more: original(q, k, v, -bias, *rest, **more)
+    )
 
 
 def centroids_of_what_is_computed(patch: pytest.MonkeyPatch) -> None:

@@ -14,24 +14,24 @@ import torch
 from ..config import Correct, DeltaCorrect, MassCorrect, ResidualCorrect
 from ..errors import PlanError
 from ..kernels.blend import blend
-from ..kernels.pooled import pooled_attention
+from ..kernels.pooled import WHOLE, pooled_attention
 from .content import text_tokens
 from .cut import Cut, Side
 from .inputs import Inputs
-from .plan import Branch, Operands, Plan, from_units
+from .plan import Branch, Operands, Plan, as_mask, from_units
 from .scores import grid_means, grid_means_of_two, grid_weights
 
 MEASURES = "a full step measures what is missing"  # why a call of a recipe that corrects by residuals is not sparse
 
 
 def corrected(plan: Plan, config: Correct | None, cut: Cut, mask: torch.Tensor, inputs: Inputs) -> Plan:
-    """Add a correction to a plan; `mask` bool [B|1, H|1, query units, key units] says what the plan computes."""
+    """Add a correction to a plan; `mask` bool [B|1, H|1, query units, key units], or as bits, says what it computes."""
     if config is None or isinstance(config, ResidualCorrect):  # the latter needs what its planner keeps
         return plan
     if isinstance(config, DeltaCorrect):
         return replace(plan, fixes=(*plan.fixes, delta(cut.q, cut.length, config.stride)))
     if isinstance(config, MassCorrect):
-        return replace(plan, fixes=(*plan.fixes, pooled_mass(cut, mask, inputs)))
+        return replace(plan, fixes=(*plan.fixes, pooled_mass(cut, as_mask(mask, cut.k.units), inputs)))
     return replace(plan, pooled=(*plan.pooled, centroids(cut, mask, inputs)))
 
 
@@ -42,17 +42,19 @@ class PooledBranch:
 
     k: torch.Tensor
     v: torch.Tensor
-    tokens: torch.Tensor
-    allowed: torch.Tensor
+    bias: torch.Tensor
+    computed: torch.Tensor
     row: torch.Tensor
+    first: int
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.tokens, self.allowed, self.row))
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.bias, self.computed, self.row))
 
     def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S]."""
-        return pooled_attention(given.q, self.k, self.v, self.tokens, self.allowed, self.row, given.scale)
+        means = (self.k, self.v, self.bias, self.computed, self.row)
+        return pooled_attention(given.q, *means, given.scale, first=self.first)
 
 
 def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
@@ -61,13 +63,16 @@ def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
     SVG-EAR, arXiv 2603.08982. The keys are those of this call, so the means follow them where the selection is reused.
     """
     keys = cut.k.without_means()
-    means_k, means_v = grid_means_of_two(keys, inputs.k, inputs.v)
+    means_k, means_v = grid_means_of_two(keys, inputs.k, inputs.v, WHOLE)
+    if keys.span is None:
+        mask = keys.on_grid(as_mask(mask, keys.units), -1)
     return PooledBranch(
         k=means_k,
         v=means_v,
-        tokens=grid_weights(keys),
-        allowed=~keys.on_grid(mask, -1),
+        bias=keys.grid_log_weights,
+        computed=mask,
         row=cut.q.unit_of_token(cut.length),
+        first=keys.span[0] if keys.span is not None else 0,
     )
 
 

@@ -49,6 +49,11 @@ class Side:
         return self.on_grid(self.weights, -1)
 
     @cached_property
+    def grid_log_weights(self) -> torch.Tensor:
+        """The logarithms of those, -inf for a unit without tokens."""
+        return self.grid_weights.log()
+
+    @cached_property
     def bounds(self) -> torch.Tensor:
         """The first slot of each unit and the end, int64 [B|1, H|1, units + 1]."""
         units = torch.arange(self.units + 1, device=self.owner.device).expand(*self.owner.shape[:2], -1)
@@ -65,6 +70,18 @@ class Side:
         unit = self.per * self.block
         padded = torch.nn.functional.pad(self.slots, (0, self.units * unit - self.slots.shape[-1]), value=-1)
         return padded.unflatten(-1, (-1, unit))[:, :, self.grid].flatten(-2)
+
+    @cached_property
+    def grid_bounds(self) -> torch.Tensor:
+        """Where each unit on a grid begins and the last one ends in their slots, int64 [B|1, H|1, units + 1]."""
+        if self.grid_slots is not None:
+            return torch.arange(len(self.grid) + 1, device=self.slots.device)[None, None] * (self.per * self.block)
+        return self.bounds[..., : len(self.grid) + 1]  # units of text lie behind those on a grid
+
+    @cached_property
+    def grid_costs(self) -> torch.Tensor:
+        """Tokens of each unit on a grid, at least 1: what computing it costs; float32 [B|1, H|1, units on a grid]."""
+        return self.grid_weights.clamp(min=1)
 
     def on_grid(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Return the units on a grid of one axis of a tensor, without a copy where they follow each other."""

@@ -6,7 +6,6 @@ import torch
 
 from ..kernels.unit_error import unit_error
 from . import selectors
-from .cut import Side
 from .scores import Scene, grid_means, grid_weights
 
 
@@ -18,18 +17,10 @@ def per_cost(scene: Scene, v: torch.Tensor) -> torch.Tensor:
     spends its budget by estimated error per cost.
     """
     side = scene.cut.k.without_means()
-    slots, bounds = _units(side)
+    slots = side.slots if side.grid_slots is None else side.grid_slots
     queries, means = grid_means(scene.cut.q, scene.q), grid_means(side, v)
-    error = unit_error(queries, scene.k, v, slots, bounds, side.block, means, scene.scale)
-    return error / grid_weights(side)[..., None, :].clamp(min=1)
-
-
-def _units(side: Side) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the slots of the units on a grid, and where each of them begins and the last one ends."""
-    if side.grid_slots is not None:
-        ends = torch.arange(len(side.grid) + 1, device=side.slots.device) * (side.per * side.block)
-        return side.grid_slots, ends[None, None]
-    return side.slots, side.bounds[..., : len(side.grid) + 1]  # units of text lie behind those on a grid
+    error = unit_error(queries, scene.k, v, slots, side.grid_bounds, side.block, means, scene.scale)
+    return error / side.grid_costs[..., None, :]
 
 
 def select(

@@ -154,7 +154,8 @@ class Planner:
             kept = self._kept[key] = _followed(recipe, kept, kept.probe, call)
         if kept is not None and kept.plan is not None and self._still_good(recipe, kept, call):
             # what a correction makes of a kept cut is not kept with it, so that the state stays what was declared
-            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut.at_rest(), kept.plan.mask)
+            bits = kept.plan.bits
+            return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut.at_rest(), lambda: bits)
         inputs = _inputs(call, kept.warm if kept else None)
         decision = decide(recipe, inputs)
         note = floor_note(recipe, call.layout, call.q.shape[2])

@@ -127,11 +127,16 @@ def grid_means(side: Side, x: torch.Tensor, centre: torch.Tensor | None = None, 
     return side.on_grid(unit_means(x, side.slots, side.bounds, centre=centre, form=form), 2)
 
 
-def grid_means_of_two(side: Side, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Average two tensors of one shape and dtype as `grid_means` does, in one reading of the order where it can be."""
+def grid_means_of_two(
+    side: Side, x: torch.Tensor, y: torch.Tensor, whole: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average two tensors of one shape and dtype as `grid_means` does; where all units are alike, in one reading.
+
+    Then they are also rounded to that dtype and filled up with units of mean 0 to a multiple of `whole`.
+    """
     if side.means is not None or side.grid_slots is None:
         return grid_means(side, x), grid_means(side, y)
-    return unit_means_of_two(x, y, side.grid_slots, side.per * side.block)
+    return unit_means_of_two(x, y, side.grid_slots, side.per * side.block, dtype=x.dtype, whole=whole)
 
 
 def _both_means(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:

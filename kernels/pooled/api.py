@@ -12,34 +12,38 @@ from dit_accel.kernels.choice import wants_triton
 from .op import pooled_op
 
 Backend = Literal["triton", "cpu", "reference"]
+WHOLE = 64  # groups: what tiles of them are whole numbers of
 
 
 def pooled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tokens: Tensor,
-    allowed: Tensor,
+    bias: Tensor,
+    computed: Tensor,
     row: Tensor,
     scale: float,
     *,
+    first: int = 0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query over the pooled keys that its row of `allowed` names.
+    """Softmax attention of each query over the pooled keys of the groups that its row has not computed token by token.
 
     Args:
         q: [B, S, H, D], any strides.
-        k, v: [B, H, C, D], the mean keys and values of C groups of tokens.
-        tokens: [B|1, H|1, C], how many tokens each group stands for; its logit gains their logarithm, so that a group
-            of equal tokens weighs what its tokens would.
-        allowed: bool [B|1, H|1, R, C].
-        row: int64 [B|1, H|1, S], each query's row of `allowed`; its range is not checked: that would stall the device.
+        k, v: floating [B, H, C or more, D], the mean keys and values of C groups of tokens; what lies behind them is
+            finite and counts for nothing. In q's dtype, contiguous and `WHOLE` groups at a time they need no copy.
+        bias: float32 [B|1, H|1, C], added to a group's logit: the logarithm of the tokens that it stands for, so that a
+            group of equal tokens weighs what its tokens would, -inf for none.
+        computed: bool [B|1, H|1, R, columns], or the same as bits, uint8 [B|1, H|1, R, columns / 8], the lowest first.
+        row: int64 [B|1, H|1, S], each query's row of `computed`; its range is not checked: that would stall the device.
         scale: factor of the logits.
+        first: the column of `computed` that is group 0's; the others follow.
         backend: None takes Triton on CUDA where it can run, "cpu" on a CPU, else the reference; a name is obeyed. All
             but the reference round mean keys and values to q's dtype.
 
     Returns:
-        out [B, S, H, D] in q's dtype and lse float32 [B, H, S]. A query with no allowed group of tokens has out 0 and
+        out [B, S, H, D] in q's dtype and lse float32 [B, H, S]. A query with no group of tokens left has out 0 and
         lse -inf.
 
     Raises:
@@ -49,21 +53,21 @@ def pooled_attention(
     The centroid branch of SVG-EAR (arXiv 2603.08982); also RetroInfer's estimation zone (arXiv 2505.02922).
     """
     if torch.compiler.is_compiling():
-        return pooled_op(q, k, v, tokens, allowed, row, scale, backend)
-    _check(q, k, v, tokens, allowed, row)
+        return pooled_op(q, k, v, bias, computed, row, scale, first, backend)
+    _check(q, k, v, bias, computed, row, first)
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend is {backend!r}; known are {str(get_args(Backend))[1:-1]} and None (automatic)")
     wanted = backend or ("triton" if wants_triton(q) else "cpu" if q.device.type == "cpu" else "reference")
     reasons = unsupported_reasons(wanted, q)
     if backend is not None and reasons:
         raise RuntimeError(f"backend {backend!r} cannot attend with q {list(q.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons and q.numel() and k.shape[2]:
+    if wanted == "triton" and not reasons and q.numel() and bias.shape[2]:
         from .triton import attend
-    elif wanted == "cpu" and not reasons and q.numel() and k.shape[2]:
+    elif wanted == "cpu" and not reasons and q.numel() and bias.shape[2]:
         from .cpu import attend
     else:
         from .reference import attend
-    return attend(q, k, v, tokens, allowed, row, scale)
+    return attend(q, k, v, bias, computed, row, scale, first)
 
 
 def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
@@ -84,22 +88,29 @@ def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
     return reasons
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or allowed.dim() != 4:
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, first: int) -> None:
+    if q.dim() != 4 or k.dim() != 4 or computed.dim() != 4:
         raise ValueError(
-            f"q is {list(q.shape)}, k {list(k.shape)}, allowed {list(allowed.shape)}; expected four axes of each"
+            f"q is {list(q.shape)}, k {list(k.shape)}, computed {list(computed.shape)}; expected four axes of each"
         )
     b, s, h, d = q.shape
-    c, r = k.shape[2], allowed.shape[2]
-    for name, tensor, shape in (("k", k, (b, h, c, d)), ("v", v, (b, h, c, d))):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)} for q {list(q.shape)}")
-    for name, tensor, last in (("tokens", tokens, (c,)), ("allowed", allowed, (r, c)), ("row", row, (s,))):
-        if tensor.shape[0] not in (1, b) or tensor.shape[1] not in (1, h) or tuple(tensor.shape[2:]) != last:
+    c = bias.shape[-1]
+    for name, tensor in (("k", k), ("v", v)):
+        if (*tensor.shape[:2], tensor.shape[3]) != (b, h, d) or tensor.shape[2] < c:
+            wanted = f"[{b}, {h}, {c} or more, {d}]"
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected {wanted} for q {list(q.shape)}")
+    for name, tensor, last in (("bias", bias, (c,)), ("computed", computed, computed.shape[2:]), ("row", row, (s,))):
+        if tensor.shape[0] not in (1, b) or tensor.shape[1] not in (1, h) or tuple(tensor.shape[2:]) != tuple(last):
             raise ValueError(f"{name} is {list(tensor.shape)}; expected [{b}|1, {h}|1, {str(list(last))[1:-1]}]")
-    if allowed.dtype != torch.bool or row.dtype != torch.int64:
-        raise TypeError(f"allowed is {allowed.dtype}, row {row.dtype}; expected torch.bool and torch.int64")
-    for name, tensor in (("k", k), ("v", v), ("tokens", tokens), ("allowed", allowed), ("row", row)):
+    if computed.dtype not in (torch.bool, torch.uint8) or row.dtype != torch.int64 or bias.dtype != torch.float32:
+        raise TypeError(
+            f"computed is {computed.dtype}, row {row.dtype}, bias {bias.dtype}; expected torch.bool or torch.uint8, "
+            "torch.int64 and torch.float32"
+        )
+    columns = computed.shape[3] * (8 if computed.dtype == torch.uint8 else 1)
+    if not 0 <= first <= columns - c:
+        raise ValueError(f"first is {first}; expected 0 to {columns - c}, for {c} groups in {columns} columns")
+    for name, tensor in (("k", k), ("v", v), ("bias", bias), ("computed", computed), ("row", row)):
         if tensor.device != q.device:
             raise ValueError(f"{name} lies on {tensor.device}, q on {q.device}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -11,16 +11,16 @@ from torch import Tensor
 @torch.library.custom_op(
     "dit_accel::pooled_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor allowed, Tensor row, float scale, str? backend) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor computed, Tensor row, float scale, int first, "
+    "str? backend) -> (Tensor, Tensor)",
 )
 def pooled_op(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor, scale: float, backend: Any
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, scale: float, first: int, backend: Any
 ) -> tuple[Tensor, Tensor]:
     """Run `pooled_attention` from compiled code."""
     from .api import pooled_attention  # which imports this file
 
-    out, lse = pooled_attention(q, k, v, tokens, allowed, row, scale, backend=backend)
+    out, lse = pooled_attention(q, k, v, bias, computed, row, scale, first=first, backend=backend)
     return out.contiguous(), lse.contiguous()
 
 

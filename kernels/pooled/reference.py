@@ -9,15 +9,15 @@ BYTES = 256 << 20  # of logits held at once
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, scale: float, first: int
 ) -> tuple[Tensor, Tensor]:
     """Attend a few queries at a time; shapes as in `pooled_attention`. Arithmetic is fp32 (fp64 for fp64 inputs)."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     b, s, h, _ = q.shape
-    groups = k.shape[2]
-    keys, values = k.to(compute).mT * scale, v.to(compute)
-    weigh = tokens.to(compute).log()[:, :, None]  # no tokens: -inf
-    seen = allowed.expand(b, h, -1, -1)
+    groups = bias.shape[2]
+    keys, values = k[:, :, :groups].to(compute).mT * scale, v[:, :, :groups].to(compute)
+    weigh = bias.to(compute)[:, :, None]
+    seen = left(computed, first, groups).expand(b, h, -1, -1)
     outs, lses = [], []
     for part in torch.arange(s, device=q.device).split(max(1, BYTES // (4 * b * h * groups))):
         at = row[..., part].expand(b, h, -1)[..., None].expand(-1, -1, -1, groups)
@@ -29,3 +29,11 @@ def attend(
         outs.append((weights @ values).transpose(1, 2))
         lses.append(lse.float())
     return torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 2)
+
+
+def left(computed: Tensor, first: int, groups: int) -> Tensor:
+    """What is not computed of the groups, bool [B|1, H|1, R, groups]."""
+    if computed.dtype == torch.uint8:
+        bits = torch.arange(8, dtype=torch.uint8, device=computed.device)
+        computed = ((computed[..., None] >> bits) & 1).bool().flatten(-2)
+    return ~computed[..., first : first + groups]

@@ -24,6 +24,8 @@ from dit_accel.kernels.block_sparse.triton import (
 )
 from dit_accel.kernels.sizes import power_of_two
 
+from .api import WHOLE
+
 __all__ = ["attend", "launch", "packing", "runs_on"]
 
 
@@ -50,32 +52,36 @@ def choose(capability: tuple[int, int], padded_dim: int, itemsize: int) -> Tile:
 
 @triton.jit
 def _bits_kernel(
-    allowed_ptr, bits_ptr, stride_b, stride_h, stride_r, stride_c, groups, words, heads, rows, WORDS: tl.constexpr
-):
-    """Thirty-two groups of a row of the mask into each word, the first group the lowest bit; no groups are 0."""
+    computed_ptr, bits_ptr, stride_b, stride_h, stride_r, stride_c, first, groups, words, heads, rows,
+    WORDS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Thirty-two groups of a row into each word, the first group the lowest bit; 1 is not computed, no groups are 0."""
     word = tl.arange(0, WORDS)
     line = tl.program_id(0).to(tl.int64)
     b, h, r = line // (heads * rows), (line // rows) % heads, line % rows
     bit = tl.arange(0, 32)
     group = word[:, None] * 32 + bit[None, :]
-    at = allowed_ptr + b * stride_b + h * stride_h + r * stride_r + group.to(tl.int64) * stride_c
-    seen = tl.load(at, mask=group < groups, other=0).to(tl.int32)
-    tl.store(bits_ptr + line * words + word, tl.sum(seen << bit[None, :], 1), mask=word < words)
+    column = (first + group).to(tl.int64)
+    at = computed_ptr + b * stride_b + h * stride_h + r * stride_r + (column // 8 if PACKED else column) * stride_c
+    done = tl.load(at, mask=group < groups, other=255).to(tl.int32)
+    if PACKED:
+        done = done >> (column % 8).to(tl.int32)
+    tl.store(bits_ptr + line * words + word, tl.sum(((done & 1) ^ 1) << bit[None, :], 1), mask=word < words)
 
 
 @triton.jit
 def _pooled_kernel(
-    q_ptr, k_ptr, v_ptr, weigh_ptr, bits_ptr, row_ptr, out_ptr, lse_ptr,
-    q_stride_b, q_stride_s, q_stride_h, q_stride_d, weigh_stride_b, weigh_stride_h,
+    q_ptr, k_ptr, v_ptr, bias_ptr, bits_ptr, row_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_s, q_stride_h, q_stride_d, bias_stride_b, bias_stride_h,
     bits_stride_b, bits_stride_h, bits_stride_r, row_stride_b, row_stride_h, row_stride_s,
-    length, groups, heads, tiles, to_log2,
+    length, held, groups, heads, tiles, to_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries of one head against all groups, each masked by its query's row; everything in log2 units.
 
-    `k_ptr`, `v_ptr` [B, H, groups, D_PAD] hold whole tiles, `bits_ptr` two words more; a group that is none is never
-    allowed, one without tokens weighs -inf. A byte for each pair instead of a bit costs as much as the products.
+    `k_ptr`, `v_ptr` [B, H, held, D_PAD] hold whole tiles, `bits_ptr` two words more than all `groups`; a group that is
+    none has bit 0. A byte for each pair instead of a bit costs as much as the products.
     """
     pid = tl.program_id(0)
     tile, h, b = pid % tiles, ((pid // tiles) % heads).to(tl.int64), ((pid // tiles) // heads).to(tl.int64)
@@ -85,8 +91,8 @@ def _pooled_kernel(
     q = _load_rows(q_base, token, q_stride_s, q_stride_d, ok, True, D, D_PAD)  # [QUERIES, D_PAD]
     row = tl.load(row_ptr + b * row_stride_b + h * row_stride_h + token * row_stride_s, mask=ok, other=0)
     bits_at = bits_ptr + b * bits_stride_b + h * bits_stride_h + row * bits_stride_r
-    weigh_ptr += b * weigh_stride_b + h * weigh_stride_h
-    first_group = (b * heads + h) * groups * D_PAD
+    bias_ptr += b * bias_stride_b + h * bias_stride_h
+    first_group = (b * heads + h) * held * D_PAD
     d, column = tl.arange(0, D_PAD), tl.arange(0, GROUPS)
 
     top = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -103,7 +109,8 @@ def _pooled_kernel(
         low, high = tl.load(ahead), tl.load(ahead + 1)
         group = first + column
         at = first_group + group[:, None] * D_PAD + d[None, :]
-        logits = _dot(q, tl.load(k_ptr + at).T, None, PRECISION) * to_log2 + tl.load(weigh_ptr + group)[None, :]
+        weigh = tl.load(bias_ptr + group, mask=group < groups, other=0.0) * LOG2_E
+        logits = _dot(q, tl.load(k_ptr + at).T, None, PRECISION) * to_log2 + weigh[None, :]
         logits = tl.where(seen != 0, logits, float("-inf"))
         acc, total, top = _online_softmax(logits, tl.load(v_ptr + at), acc, total, top, 1.0, True, PRECISION)
 
@@ -116,38 +123,42 @@ def _pooled_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, allowed: Tensor, row: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, scale: float, first: int
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels; shapes as in `pooled_attention`. Mean keys and values are rounded to the queries' dtype."""
     batch, length, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    bits = torch.empty(*allowed.shape[:3], words(allowed.shape[3]), dtype=torch.int32, device=q.device)
+    bits = torch.empty(*computed.shape[:3], words(bias.shape[2]), dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        grid, args, constants = packing(allowed, bits)
+        grid, args, constants = packing(computed, bits, first, bias.shape[2])
         _bits_kernel[grid](*args, **constants)
-        grid, args, constants = launch(q, k, v, tokens, bits, row, scale, out, lse)
+        grid, args, constants = launch(q, k, v, bias, bits, row, scale, out, lse)
         _pooled_kernel[grid](*args, **constants)
     return out, lse
 
 
 def words(groups: int) -> int:
     """Words of 32 bits that a row of the mask takes: whole tiles, and what the loop loads ahead."""
-    return -(-groups // 64) * 2 + 2
+    return -(-groups // WHOLE) * (WHOLE // 32) + 2
 
 
-def packing(allowed: Tensor, bits: Tensor) -> tuple[tuple[int], tuple, dict[str, Any]]:
+def packing(computed: Tensor, bits: Tensor, first: int, groups: int) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel that packs the mask into `bits`."""
-    at_once = power_of_two(bits.shape[3])
-    args = allowed.view(torch.uint8), bits, *allowed.stride(), allowed.shape[3], bits.shape[3], *allowed.shape[1:3]
-    return (allowed[..., 0].numel(),), args, {"WORDS": at_once, "num_warps": 4 if at_once > 16 else 1}
+    at_once, packed = power_of_two(bits.shape[3]), computed.dtype == torch.uint8
+    args = (
+        computed.view(torch.uint8), bits, *_list_strides(computed)[:3], computed.stride(3), first, groups,
+        bits.shape[3], *computed.shape[1:3],
+    )  # fmt: skip
+    constants = {"WORDS": at_once, "PACKED": packed, "num_warps": 4 if at_once > 16 else 1}
+    return (computed[..., 0].numel(),), args, constants
 
 
 def launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tokens: Tensor,
+    bias: Tensor,
     bits: Tensor,
     row: Tensor,
     scale: float,
@@ -159,18 +170,12 @@ def launch(
     batch, length, heads, dim = q.shape
     padded = power_of_two(dim, 16)
     tile = tile or choose(_capability(q.device), padded, q.element_size())
-    # whole tiles of groups, so that the loop loads without masks
-    groups = k.shape[2]
-    more = -groups % tile.groups
-    both = torch.zeros(2, batch, heads, groups + more, padded, dtype=q.dtype, device=q.device)
-    for whole, x in zip(both, (k, v), strict=True):
-        whole[:, :, :groups, :dim].copy_(x)
-    weigh = torch.nn.functional.pad(tokens.float().log2(), (0, more))  # of no tokens -inf
+    k, v = (_ready(x, q.dtype, bias.shape[2], tile.groups, padded) for x in (k, v))
     tiles = -(-length // tile.queries)
     args = (
-        q, *both, weigh, bits, row, out, lse,
-        *q.stride(), *_list_strides(weigh)[:2], *_list_strides(bits)[:3], *_list_strides(row),
-        length, groups + more, heads, tiles, scale * LOG2_E.value,
+        q, k, v, bias, bits, row, out, lse,
+        *q.stride(), *_list_strides(bias)[:2], *_list_strides(bits)[:3], *_list_strides(row),
+        length, k.shape[2], bias.shape[2], heads, tiles, scale * LOG2_E.value,
     )  # fmt: skip
     constants = {
         "D": dim,
@@ -183,3 +188,13 @@ def launch(
         "num_stages": tile.stages,
     }
     return (tiles * heads * batch,), args, constants
+
+
+def _ready(x: Tensor, dtype: torch.dtype, groups: int, whole: int, padded: int) -> Tensor:
+    """Means in whole tiles of groups, so that the loop loads without masks; as they are where that is so."""
+    batch, heads, held, dim = x.shape
+    if x.dtype == dtype and x.is_contiguous() and held % whole == 0 and dim == padded:
+        return x
+    out = torch.zeros(batch, heads, -(-groups // whole) * whole, padded, dtype=dtype, device=x.device)
+    out[:, :, :groups, :dim].copy_(x[:, :, :groups])
+    return out

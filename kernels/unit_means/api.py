@@ -57,11 +57,19 @@ def unit_means(
 
 
 def unit_means_of_two(
-    x: Tensor, y: Tensor, slots: Tensor, bounds: int | Tensor, *, backend: Backend | None = None
+    x: Tensor,
+    y: Tensor,
+    slots: Tensor,
+    bounds: int | Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    whole: int = 1,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Average the tokens of each unit in two tensors of one shape and dtype, such as queries and keys, in one launch.
 
-    As `unit_means` of each of them, bit for bit.
+    As `unit_means` of each of them, bit for bit, then rounded to `dtype`; filled up with units of mean 0 to a multiple
+    of `whole`.
     """
     _check(x, slots, bounds)
     _check(y, slots, bounds)
@@ -70,11 +78,13 @@ def unit_means_of_two(
     if _uses_triton(x, slots, backend):
         from .triton import means
 
-        both = means(x, slots, bounds, y=y)
+        both = means(x, slots, bounds, y=y, dtype=dtype, whole=whole)
         return both[0], both[1]
     from .reference import means
 
-    return means(x, slots, bounds).contiguous(), means(y, slots, bounds).contiguous()
+    first, second = (means(one, slots, bounds).to(dtype) for one in (x, y))
+    more = -first.shape[2] % whole
+    return torch.nn.functional.pad(first, (0, 0, 0, more)), torch.nn.functional.pad(second, (0, 0, 0, more))
 
 
 def _uses_triton(x: Tensor, slots: Tensor, backend: Backend | None) -> bool:

@@ -90,7 +90,7 @@ def _means_kernel(
     else:
         mean = _mean(x_ptr, slots_ptr, centre_ptr, first, last, x_stride_s, x_stride_d, FORM, D, D_PAD, ROWS)
     d = tl.arange(0, D_PAD)
-    tl.store(out_ptr + row * D + d, mean, mask=d < D)
+    tl.store(out_ptr + row * D + d, mean.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def means(
@@ -100,12 +100,14 @@ def means(
     centre: Tensor | None = None,
     form: str = "plain",
     y: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    whole: int = 1,
 ) -> Tensor:
     """Run the kernel on a checked, non-empty call; shapes as in `unit_means`, with a second tensor two in front."""
     b, _, h, d = x.shape
     units = -(-slots.shape[-1] // bounds) if isinstance(bounds, int) else bounds.shape[-1] - 1
-    shape = (b, h, units, d) if y is None else (2, b, h, units, d)
-    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    held = -(-units // whole) * whole
+    out = torch.empty((b, h, held, d) if y is None else (2, b, h, held, d), dtype=dtype, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
             grid, args, constants = launch(x, slots, bounds, out, centre, form, y)

@@ -236,16 +236,16 @@ def compile_assign(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
 def compile_pooled(capability: int, dim: int, dtype: torch.dtype) -> triton.compiler.CompiledKernel:
     """Queries of 300 clusters against 1000, each head its own, as SVG-EAR has them."""
     q, means = torch.zeros(1, 1024, 16, dim, dtype=dtype), torch.zeros(1, 16, 1000, dim)
-    tokens, bits = torch.ones(1, 16, 1000, dtype=torch.int64), torch.zeros(1, 16, 300, 34, dtype=torch.int32)
+    bias, bits = torch.zeros(1, 16, 1000), torch.zeros(1, 16, 300, 34, dtype=torch.int32)
     row, lse = torch.zeros(1, 16, 1024, dtype=torch.int64), torch.zeros(1, 16, 1024)
     tile = pooling.choose(divmod(capability, 10), triton.next_power_of_2(dim), q.element_size())
-    _, args, constants = pooling.launch(q, means, means, tokens, bits, row, 0.1, q, lse, tile)
+    _, args, constants = pooling.launch(q, means, means, bias, bits, row, 0.1, q, lse, tile)
     return compile_launch(pooling._pooled_kernel, capability, args, constants)
 
 
 def compile_packing(capability: int) -> triton.compiler.CompiledKernel:
-    allowed, bits = torch.zeros(1, 16, 300, 1000, dtype=torch.bool), torch.zeros(1, 16, 300, 34, dtype=torch.int32)
-    _, args, constants = pooling.packing(allowed, bits)
+    computed, bits = torch.zeros(1, 16, 300, 125, dtype=torch.uint8), torch.zeros(1, 16, 300, 34, dtype=torch.int32)
+    _, args, constants = pooling.packing(computed, bits, 0, 1000)
     return compile_launch(pooling._bits_kernel, capability, args, constants)
 
 

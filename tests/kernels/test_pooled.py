@@ -29,8 +29,8 @@ def call(seed, *, batch=1, heads=2, length=45, dim=24, groups=11, rows=5, dtype=
         "q": torch.randn(batch, length, heads, dim, generator=rng).to(dtype),
         "k": torch.randn(batch, heads, groups, dim, generator=rng),
         "v": torch.randn(batch, heads, groups, dim, generator=rng),
-        "tokens": tokens,
-        "allowed": allowed,
+        "bias": tokens.float().log(),
+        "computed": ~allowed,
         "row": torch.randint(rows, (*own, length), generator=rng),
         "scale": 0.3,
     }
@@ -41,23 +41,26 @@ def slowly(given, dtype):
     q, k, v = (given[name].to(dtype) for name in ("q", "k", "v"))
     b, s, h, _ = q.shape
     out, lse = torch.zeros(q.shape, dtype=dtype), torch.full((b, h, s), -math.inf, dtype=dtype)
-    every = {name: given[name].expand(b, h, *given[name].shape[2:]) for name in ("tokens", "allowed", "row")}
+    every = {name: given[name].expand(b, h, *given[name].shape[2:]) for name in ("bias", "computed", "row")}
     for i in range(b):
         for j in range(h):
-            owner = torch.arange(k.shape[2]).repeat_interleave(every["tokens"][i, j])
+            owner = torch.arange(k.shape[2]).repeat_interleave(every["bias"][i, j].exp().round().long())
             logits = q[i, :, j] @ k[i, j, owner].mT * given["scale"]
-            seen = every["allowed"][i, j][every["row"][i, j]][:, owner]
+            seen = ~every["computed"][i, j][every["row"][i, j]][:, owner]
             logits = logits.masked_fill(~seen, -math.inf)
             lse[i, j] = logits.logsumexp(-1)
             out[i, :, j] = logits.softmax(-1).masked_fill(~seen, 0) @ v[i, j, owner]
     return out, lse
 
 
+def moved(given, device):
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+
 def check(given, backend, device):
     """The kernels round mean keys and values as they do queries; the reference need not."""
     device = "cpu" if backend == "cpu" else device
-    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-    out, lse = pooled_attention(**moved, backend=backend)
+    out, lse = pooled_attention(**moved(given, device), backend=backend)
     assert (out.shape, out.dtype, lse.dtype) == (given["q"].shape, given["q"].dtype, FP32)
     (gold, gold_lse), (eager, eager_lse) = (slowly(given, dtype) for dtype in (torch.float64, given["q"].dtype))
     none = gold_lse == -math.inf
@@ -111,8 +114,37 @@ def test_strided_queries_are_read_as_they_lie(backend, device):
     check({**given, "q": strided}, backend, device)
 
 
+@on_all
+@pytest.mark.parametrize(("groups", "first"), [(11, 0), (70, 3), (64, 16), (130, 9)])
+def test_a_mask_as_bits_is_the_same_mask(groups, first, backend, device):
+    """Bits of columns that are no groups, before and behind, are not looked at."""
+    given = moved(call(1, groups=groups, length=20), "cpu" if backend == "cpu" else device)
+    computed = given["computed"]
+    around = torch.rand(*computed.shape[:3], first + groups + 5, device=computed.device) < 0.5
+    around[..., first : first + groups] = computed
+    ones = torch.nn.functional.pad(around.byte(), (0, -around.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    bits = (ones << torch.arange(8, dtype=torch.uint8, device=ones.device)).sum(-1, dtype=torch.uint8)
+    right = pooled_attention(**given, backend=backend)
+    for mask in (around, bits):
+        for ours, theirs in zip(
+            pooled_attention(**{**given, "computed": mask}, first=first, backend=backend), right, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@on_all
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_means_in_whole_tiles_are_read_as_they_lie(dtype, backend, device):
+    given = moved(call(2, groups=70, dim=64, dtype=dtype), "cpu" if backend == "cpu" else device)
+    given |= {name: given[name].to(dtype).float() for name in ("k", "v")}
+    right = pooled_attention(**given, backend=backend)
+    more = {name: torch.nn.functional.pad(given[name].to(dtype), (0, 0, 0, 58), value=7) for name in ("k", "v")}
+    for ours, theirs in zip(pooled_attention(**{**given, **more}, backend=backend), right, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_back_ends_agree(device):
-    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call(5, length=99).items()}
+    given = moved(call(5, length=99), device)
     others = ("triton", "cpu") if device == "cpu" else ("triton",)
     ours = [pooled_attention(**given, backend=name) for name in ("reference", *others)]
     for out, lse in ours[1:]:
@@ -132,12 +164,14 @@ def test_cpu_takes_queries_in_parts_alike(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"k": torch.zeros(1, 2, 9, 24)}, ValueError, r"v is \[1, 2, 11, 24\]; expected \[1, 2, 9, 24\]"),
+        ({"k": torch.zeros(1, 2, 9, 24)}, ValueError, r"k is \[1, 2, 9, 24\]; expected \[1, 2, 11 or more, 24\]"),
         ({"q": torch.zeros(45, 2, 24)}, ValueError, r"q is \[45, 2, 24\]"),
         ({"row": torch.zeros(1, 1, 44, dtype=torch.int64)}, ValueError, r"row is \[1, 1, 44\]"),
         ({"row": torch.zeros(1, 1, 45, dtype=torch.int32)}, TypeError, "row torch.int32"),
-        ({"allowed": torch.zeros(1, 1, 5, 11)}, TypeError, "allowed is torch.float32"),
-        ({"tokens": torch.ones(1, 1, 11, device="meta")}, ValueError, "tokens lies on meta"),
+        ({"computed": torch.zeros(1, 1, 5, 11)}, TypeError, "computed is torch.float32"),
+        ({"bias": torch.ones(1, 1, 11, device="meta")}, ValueError, "bias lies on meta"),
+        ({"bias": torch.ones(1, 1, 11, dtype=torch.int64)}, TypeError, "bias torch.int64"),
+        ({"first": 1}, ValueError, "first is 1; expected 0 to 0, for 11 groups in 11 columns"),
         ({"q": torch.zeros(1, 45, 2, 24, requires_grad=True)}, RuntimeError, "a gradient is asked for"),
         ({"backend": "eager"}, ValueError, "known are 'triton', 'cpu', 'reference'"),
     ],
