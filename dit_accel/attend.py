@@ -38,11 +38,13 @@ def run(
 ) -> torch.Tensor:
     """Compute a sparse plan, one kernel launch a branch, merge the branches exactly, and correct the result."""
     given = Operands(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_bias, plan.precision)
-    results = [branch.run(given) for branch in (*plan.branches, *plan.pooled)]
-    out, lse = results[0]
+    results = [branch.run(given) for branch in plan.branches]
     if len(results) > 1:
         outs, lses = zip(*results, strict=True)
-        out, lse = merge_attention(outs, lses)
+        results = [merge_attention(outs, lses)]
+    for pooled in plan.pooled:
+        results = [pooled.run(given, *results)]
+    ((out, lse),) = results
     for fix in plan.fixes:
         out = fix.apply(out, lse, given)
     return out

@@ -40,12 +40,14 @@ def test_recipes_are_checked_timed_and_written(tmp_path: Path, capsys: pytest.Ca
         assert row["share"] == pytest.approx(row["decision_ms"] / row["dense_ms"])
     assert fast["kinds"]["first"]["eager"]["score"] > 0 == fast["kinds"]["kept"]["eager"]["score"]
     assert grat["decision_ms"] == 0
-    assert min(ear["kinds"]["again"]["eager"][stage] for stage in ("order", "correct", "kernel", "merge")) > 0
+    again = ear["kinds"]["again"]["eager"]
+    assert min(again[stage] for stage in ("order", "correct", "kernel")) > 0
+    assert again["merge"] == 0  # the branch of means goes on from what the other came to
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("fast", "grat-b", "svg-ear", "again"))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("first", 33), ("kept", 8)])
+@pytest.mark.parametrize(("kind", "most"), [("first", 32), ("kept", 7)])
 def test_a_density_by_error_launches_little(kind: str, most: int) -> None:
     recipe = decide_calls.shrunk("hilbert-ear").override(density=0.3, every=4)
     calls = decide_calls.Calls(recipe, decide_calls.COUNTED, torch.device("cpu"), torch.bfloat16)

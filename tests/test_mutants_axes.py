@@ -18,6 +18,7 @@ import torch
 
 from dit_accel.kernels import pooled
 from dit_accel.kernels.descent import reference as descent
+from dit_accel.kernels.merge import merge_attention
 from dit_accel.kernels.top_mass import reference as top_mass
 from dit_accel.sparsity import (
     agents,
@@ -259,9 +260,9 @@ def budget_forgotten(patch: pytest.MonkeyPatch) -> None:
 def agents_weigh_wrongly(patch: pytest.MonkeyPatch) -> None:
     original = agents.Agents.run
 
-    def heavier(self: Any, given: Any) -> Any:
+    def heavier(self: Any, given: Any, into: Any) -> Any:
         out, lse = original(self, given)
-        return out, lse + 1
+        return merge_attention((into[0], out), (into[1], lse + 1))
 
     patch.setattr(agents.Agents, "run", heavier)
 
@@ -278,7 +279,7 @@ def agents_listen_to_the_next_cell(patch: pytest.MonkeyPatch) -> None:
 
 def own_value_taken_off(patch: pytest.MonkeyPatch) -> None:
     original = agents.Agents.run
-    patch.setattr(agents.Agents, "run", lambda self, given: original(replace(self, value=-self.value), given))
+    patch.setattr(agents.Agents, "run", lambda self, *given: original(replace(self, value=-self.value), *given))
 
 
 PICTURE, VIDEO = place_tests.LAYOUTS[0], place_tests.LAYOUTS[1]

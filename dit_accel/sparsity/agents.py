@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 
 from ..config import AgentSelect
+from ..kernels.merge import merge_attention
 from ..kernels.unit_means import unit_means
 from ..layout import Grid, TokenLayout
 from .orders import Shape
-from .plan import Branch, Operands, Plan, from_units
+from .plan import Branch, Operands, Plan, Result, from_units
 from .tiling import Tiling
 
 LONG = 0.1  # weight of ln(longest / shortest side) of a cell beside the share by which their number is missed
@@ -40,13 +41,14 @@ class Agents:
         own = sum(t.numel() * t.element_size() for t in (self.slots, self.bounds, self.cell))
         return own + self.hear.nbytes + self.tell.nbytes
 
-    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, given: Operands, into: Result | None = None) -> Result:
         """Return out [B, S, H, D] and lse [B, H, S]: what a query's keys on the grid weigh, its agent's keys do."""
         agents = unit_means(given.q, self.slots, self.bounds).transpose(1, 2).to(given.q.dtype)
         heard, lse = self.hear.run(replace(given, q=agents))
         out, _ = self.tell.run(Operands(given.q, agents, heard, given.scale**self.power))
         lse = lse[:, :, self.cell.clamp(min=0)].masked_fill(self.cell < 0, float("-inf"))
-        return out + self.value * given.v, lse
+        out = out + self.value * given.v
+        return (out, lse) if into is None else merge_attention((into[0], out), (into[1], lse))
 
 
 def agent_plan(tiling: Tiling, select: AgentSelect, share: float, device: torch.device) -> Plan:

@@ -18,7 +18,7 @@ from ..kernels.pooled import WHOLE, pooled_attention
 from .content import text_tokens
 from .cut import Cut, Side
 from .inputs import Inputs
-from .plan import Branch, Operands, Plan, as_mask, from_units
+from .plan import Branch, Operands, Plan, Result, as_mask, from_units
 from .scores import grid_means, grid_means_of_two, grid_weights
 
 MEASURES = "a full step measures what is missing"  # why a call of a recipe that corrects by residuals is not sparse
@@ -51,10 +51,10 @@ class PooledBranch:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.bias, self.computed, self.row))
 
-    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, given: Operands, into: Result | None = None) -> Result:
         """Return out [B, S, H, D] and lse [B, H, S]."""
         means = (self.k, self.v, self.bias, self.computed, self.row)
-        return pooled_attention(given.q, *means, given.scale, first=self.first)
+        return pooled_attention(given.q, *means, given.scale, first=self.first, into=into)
 
 
 def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:

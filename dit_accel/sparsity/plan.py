@@ -90,13 +90,19 @@ class Branch:
         return mask.scatter_(-1, target, True)[..., :key_blocks]
 
 
+Result = tuple[torch.Tensor, torch.Tensor]  # out [B, S, H, D] and lse [B, H, S]
+
+
 class Pooled(Protocol):
-    """A further branch over pooled keys or through agents: it stands for pairs that are not computed."""
+    """A further branch over pooled keys or through agents: it stands for pairs that are not computed.
+
+    `into`: what the branches before it came to; the result is that over all.
+    """
 
     @property
     def nbytes(self) -> int: ...
 
-    def run(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def run(self, given: Operands, into: Result | None = None) -> Result: ...
 
 
 class Fix(Protocol):

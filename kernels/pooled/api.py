@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.merge import merge_attention
 
 from .op import pooled_op
 
@@ -25,6 +26,7 @@ def pooled_attention(
     scale: float,
     *,
     first: int = 0,
+    into: tuple[Tensor, Tensor] | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the pooled keys of the groups that its row has not computed token by token.
@@ -39,6 +41,8 @@ def pooled_attention(
         row: int64 [B|1, H|1, S], each query's row of `computed`; its range is not checked: that would stall the device.
         scale: factor of the logits.
         first: the column of `computed` that is group 0's; the others follow.
+        into: out [B, S, H, D] in q's dtype and lse float32 [B, H, S] of attention to other keys; the result is that
+            over both.
         backend: None takes Triton on CUDA where it can run, "cpu" on a CPU, else the reference; a name is obeyed. All
             but the reference round mean keys and values to q's dtype.
 
@@ -53,8 +57,9 @@ def pooled_attention(
     The centroid branch of SVG-EAR (arXiv 2603.08982); also RetroInfer's estimation zone (arXiv 2505.02922).
     """
     if torch.compiler.is_compiling():
-        return pooled_op(q, k, v, bias, computed, row, scale, first, backend)
+        return pooled_op(q, k, v, bias, computed, row, scale, first, *(into or (None, None)), backend)
     _check(q, k, v, bias, computed, row, first)
+    _check_into(q, into)
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend is {backend!r}; known are {str(get_args(Backend))[1:-1]} and None (automatic)")
     wanted = backend or ("triton" if wants_triton(q) else "cpu" if q.device.type == "cpu" else "reference")
@@ -63,11 +68,14 @@ def pooled_attention(
         raise RuntimeError(f"backend {backend!r} cannot attend with q {list(q.shape)}: {'; '.join(reasons)}")
     if wanted == "triton" and not reasons and q.numel() and bias.shape[2]:
         from .triton import attend
-    elif wanted == "cpu" and not reasons and q.numel() and bias.shape[2]:
+
+        return attend(q, k, v, bias, computed, row, scale, first, into)
+    if wanted == "cpu" and not reasons and q.numel() and bias.shape[2]:
         from .cpu import attend
     else:
         from .reference import attend
-    return attend(q, k, v, bias, computed, row, scale, first)
+    out, lse = attend(q, k, v, bias, computed, row, scale, first)
+    return (out, lse) if into is None else merge_attention((into[0], out), (into[1], lse))
 
 
 def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
@@ -86,6 +94,19 @@ def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
     if not 16 <= q.shape[3] <= 256:
         reasons.append(f"head dim {q.shape[3]} is not within 16..256")
     return reasons
+
+
+def _check_into(q: Tensor, into: tuple[Tensor, Tensor] | None) -> None:
+    if into is None:
+        return
+    out, lse = into
+    wanted = (q.shape[0], q.shape[2], q.shape[1])
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(
+            f"into holds {list(out.shape)} {out.dtype} on {out.device}; expected q's {list(q.shape)} {q.dtype}"
+        )
+    if (lse.shape, lse.dtype, lse.device) != (wanted, torch.float32, q.device):
+        raise ValueError(f"into holds lse {list(lse.shape)} {lse.dtype}; expected float32 {list(wanted)} on {q.device}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, first: int) -> None:

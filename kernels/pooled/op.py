@@ -12,15 +12,26 @@ from torch import Tensor
     "dit_accel::pooled_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor computed, Tensor row, float scale, int first, "
-    "str? backend) -> (Tensor, Tensor)",
+    "Tensor? into, Tensor? into_lse, str? backend) -> (Tensor, Tensor)",
 )
 def pooled_op(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, scale: float, first: int, backend: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    computed: Tensor,
+    row: Tensor,
+    scale: float,
+    first: int,
+    into: Tensor | None,
+    into_lse: Tensor | None,
+    backend: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run `pooled_attention` from compiled code."""
     from .api import pooled_attention  # which imports this file
 
-    out, lse = pooled_attention(q, k, v, bias, computed, row, scale, first=first, backend=backend)
+    both = None if into is None or into_lse is None else (into, into_lse)
+    out, lse = pooled_attention(q, k, v, bias, computed, row, scale, first=first, into=both, backend=backend)
     return out.contiguous(), lse.contiguous()
 
 

@@ -71,7 +71,7 @@ def _bits_kernel(
 
 @triton.jit
 def _pooled_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, bits_ptr, row_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, bits_ptr, row_ptr, into_ptr, into_lse_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_s, q_stride_h, q_stride_d, bias_stride_b, bias_stride_h,
     bits_stride_b, bits_stride_h, bits_stride_r, row_stride_b, row_stride_h, row_stride_s,
     length, held, groups, heads, tiles, to_log2,
@@ -81,7 +81,8 @@ def _pooled_kernel(
     """QUERIES queries of one head against all groups, each masked by its query's row; everything in log2 units.
 
     `k_ptr`, `v_ptr` [B, H, held, D_PAD] hold whole tiles, `bits_ptr` two words more than all `groups`; a group that is
-    none has bit 0. A byte for each pair instead of a bit costs as much as the products.
+    none has bit 0. A byte for each pair instead of a bit costs as much as the products. `into_ptr`, `into_lse_ptr`:
+    what attention to other keys came to, from which the sums go on; None: from nothing.
     """
     pid = tl.program_id(0)
     tile, h, b = pid % tiles, ((pid // tiles) % heads).to(tl.int64), ((pid // tiles) // heads).to(tl.int64)
@@ -95,9 +96,17 @@ def _pooled_kernel(
     first_group = (b * heads + h) * held * D_PAD
     d, column = tl.arange(0, D_PAD), tl.arange(0, GROUPS)
 
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    acc = tl.zeros([QUERIES, D_PAD], tl.float32)
+    line = (b * heads + h) * length + token
+    at_out = ((b * length + token) * heads + h)[:, None] * D + d[None, :]
+    real = ok[:, None] & (d < D)[None, :]
+    if into_ptr is not None:
+        top = tl.load(into_lse_ptr + line, mask=ok, other=float("-inf")) * LOG2_E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        acc = tl.load(into_ptr + at_out, mask=real & (total > 0.0)[:, None], other=0.0).to(tl.float32)
+    else:
+        top = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        acc = tl.zeros([QUERIES, D_PAD], tl.float32)
     low, high = tl.load(bits_at), tl.load(bits_at + 1)
     for first in tl.range(0, groups, GROUPS, num_stages=STAGES):
         if GROUPS > 32:
@@ -117,13 +126,20 @@ def _pooled_kernel(
     # a query without a group has total = 0, top = -inf: out 0, lse -inf
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (top + tl.log2(total)) * 0.6931471805599453
-    out_at = out_ptr + ((b * length + token) * heads + h)[:, None] * D + d[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
-    tl.store(lse_ptr + (b * heads + h) * length + token, lse, mask=ok)
+    tl.store(out_ptr + at_out, out.to(out_ptr.dtype.element_ty), mask=real)
+    tl.store(lse_ptr + line, lse, mask=ok)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, computed: Tensor, row: Tensor, scale: float, first: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    computed: Tensor,
+    row: Tensor,
+    scale: float,
+    first: int,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels; shapes as in `pooled_attention`. Mean keys and values are rounded to the queries' dtype."""
     batch, length, heads, _ = q.shape
@@ -133,7 +149,7 @@ def attend(
     with torch.cuda.device_of(q):
         grid, args, constants = packing(computed, bits, first, bias.shape[2])
         _bits_kernel[grid](*args, **constants)
-        grid, args, constants = launch(q, k, v, bias, bits, row, scale, out, lse)
+        grid, args, constants = launch(q, k, v, bias, bits, row, scale, out, lse, into)
         _pooled_kernel[grid](*args, **constants)
     return out, lse
 
@@ -164,6 +180,7 @@ def launch(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    into: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
     """Grid, positional arguments and compile-time constants of the kernel for one call."""
@@ -173,7 +190,7 @@ def launch(
     k, v = (_ready(x, q.dtype, bias.shape[2], tile.groups, padded) for x in (k, v))
     tiles = -(-length // tile.queries)
     args = (
-        q, k, v, bias, bits, row, out, lse,
+        q, k, v, bias, bits, row, *((None, None) if into is None else (x.contiguous() for x in into)), out, lse,
         *q.stride(), *_list_strides(bias)[:2], *_list_strides(bits)[:3], *_list_strides(row),
         length, k.shape[2], bias.shape[2], heads, tiles, scale * LOG2_E.value,
     )  # fmt: skip

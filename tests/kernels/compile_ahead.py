@@ -239,7 +239,7 @@ def compile_pooled(capability: int, dim: int, dtype: torch.dtype) -> triton.comp
     bias, bits = torch.zeros(1, 16, 1000), torch.zeros(1, 16, 300, 34, dtype=torch.int32)
     row, lse = torch.zeros(1, 16, 1024, dtype=torch.int64), torch.zeros(1, 16, 1024)
     tile = pooling.choose(divmod(capability, 10), triton.next_power_of_2(dim), q.element_size())
-    _, args, constants = pooling.launch(q, means, means, bias, bits, row, 0.1, q, lse, tile)
+    _, args, constants = pooling.launch(q, means, means, bias, bits, row, 0.1, q, lse, (q, lse), tile)
     return compile_launch(pooling._pooled_kernel, capability, args, constants)
 
 

@@ -143,6 +143,27 @@ def test_means_in_whole_tiles_are_read_as_they_lie(dtype, backend, device):
         assert torch.equal(ours, theirs)
 
 
+@on_all
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_what_other_keys_came_to_is_merged(dtype, backend, device):
+    """As attention over both; where the others came to nothing their output is not looked at, nor ours where it is."""
+    given = moved(call(4, groups=70, length=50, dtype=dtype, empty=True), "cpu" if backend == "cpu" else device)
+    out, lse = torch.randn_like(given["q"]), torch.randn(1, 2, 50, device=given["q"].device) * 3
+    out[:, :20] = math.nan
+    lse[..., :20] = -math.inf
+    alone, alone_lse = pooled_attention(**given, backend="reference")
+    both, both_lse = pooled_attention(**given, into=(out, lse), backend=backend)
+    right_lse = torch.logaddexp(lse, alone_lse)
+    shares = [(one - right_lse).exp().nan_to_num(0).mT[..., None] for one in (lse, alone_lse)]
+    right = out.float().nan_to_num(0) * shares[0] + alone.float() * shares[1]
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype == FP32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(both_lse, right_lse, **near)
+    torch.testing.assert_close(both.float(), right, **near)
+    nothing = (right_lse == -math.inf).transpose(1, 2)
+    assert nothing.any()
+    assert (both[nothing] == 0).all()
+
+
 def test_back_ends_agree(device):
     given = moved(call(5, length=99), device)
     others = ("triton", "cpu") if device == "cpu" else ("triton",)
@@ -171,6 +192,8 @@ def test_cpu_takes_queries_in_parts_alike(monkeypatch):
         ({"computed": torch.zeros(1, 1, 5, 11)}, TypeError, "computed is torch.float32"),
         ({"bias": torch.ones(1, 1, 11, device="meta")}, ValueError, "bias lies on meta"),
         ({"bias": torch.ones(1, 1, 11, dtype=torch.int64)}, TypeError, "bias torch.int64"),
+        ({"into": (torch.zeros(1, 45, 2, 24), torch.zeros(1, 45, 2))}, ValueError, r"into holds lse \[1, 45, 2\]"),
+        ({"into": (torch.zeros(1, 45, 2, 8), torch.zeros(1, 2, 45))}, ValueError, r"into holds \[1, 45, 2, 8\]"),
         ({"first": 1}, ValueError, "first is 1; expected 0 to 0, for 11 groups in 11 columns"),
         ({"q": torch.zeros(1, 45, 2, 24, requires_grad=True)}, RuntimeError, "a gradient is asked for"),
         ({"backend": "eager"}, ValueError, "known are 'triton', 'cpu', 'reference'"),
