@@ -23,7 +23,7 @@ from .store import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NUMBERS = ("density", "step_ms", "stock_step_ms")  # that every row must hold
-BENCHMARKED = "balanced"  # the recipe whose steps were measured
+BENCHMARKED = "means-of-tiles"  # the recipe whose steps were measured, as `decide_*.json` names it
 SHAPES = ("wan-14b-720p-81", "flux-4096")  # a long clip and a large picture; of results that have neither, all
 
 
@@ -65,14 +65,17 @@ class Model:
         Each call counts as its share of a step at its density: between measured densities on a straight line, below
         the least one as that one, above the largest on the line of the last two. Dense calls take stock's time.
         Decisions and kernels of a recipe that was measured at this shape cost what they cost there, on the average of
-        a run, those of others what the benchmark's recipe costs.
+        a run, those of others what the benchmark's recipe costs; one with a correction that was not measured has none.
         """
-        if row.steps is None or row.family in ("cache", "floor", "oracle") or row.error:
+        if row.steps is None or row.family in ("cache", "floor", "oracle") or row.error or self._untimed(row):
             return None
         if row.map is None:
             return row.steps * self.stock_ms / 1e3
         name = str(row.definition.get("name"))
         return sum(float(np.mean([self._step(d, name) for d in step])) for step in row.map.density) / 1e3
+
+    def _untimed(self, row: Row) -> bool:
+        return bool(row.definition.get("correct")) and row.definition.get("name") not in self.calls
 
     def _step(self, density: float, recipe: str) -> float:
         if density >= 1:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dit_accel.errors import ConfigError
-from dit_accel.eval.modelled import models
+from dit_accel.eval.modelled import BENCHMARKED, models
 from dit_accel.eval.report import Summary, html
 from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store, load
 from dit_accel.eval.summary import bootstrap, paired, pareto, spent, standings
@@ -91,15 +91,19 @@ def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path
 
     file = tmp_path / "decide_big_gpu.json"
     older = {**timed("old", 4.0, 999.0), "hopper": False}  # of its kernels nothing can be said
-    file.write_text(json.dumps({"rows": [timed("balanced", 1.0, 19.0), timed("slow", 3.0, 29.0, 49.0), older]}))
+    file.write_text(json.dumps({"rows": [timed(BENCHMARKED, 1.0, 19.0), timed("slow", 3.0, 29.0, 49.0), older]}))
     (model,) = models(tmp_path)
     seen = DensityMap(sites=("p",), density=((1,), (0.5,)))
     given = {"map": seen, "definition": {"name": "slow"}}
-    # dense 1000, and 700 for a step of balanced; of slow 3 + 40 ms a call, not 1 + 20
+    # dense 1000, and 700 for a step of the benchmark's; of slow 3 + 40 ms a call, not 1 + 20
     assert model.seconds(row("x", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 22) / 1e3)
     assert model.seconds(row("y", "recipe", 20, map=seen)) == pytest.approx(1.7)
     given["definition"] = {"name": "old"}
     assert model.seconds(row("z", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 3) / 1e3)
+    given["definition"] = {"name": "slow", "correct": {"kind": "centroids"}}
+    assert model.seconds(row("x", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 22) / 1e3)
+    given["definition"] = {"name": "new", "correct": {"kind": "centroids"}}
+    assert model.seconds(row("w", "recipe", 20, **given)) is None  # what its correction takes was not measured
     file.write_text('{"rows": [{}]}')
     with pytest.raises(ConfigError, match="is no result of bench_decide"):
         models(tmp_path)
