@@ -13,12 +13,13 @@ import torch
 
 from ..config import Correct, DeltaCorrect, MassCorrect, ResidualCorrect
 from ..errors import PlanError
+from ..kernels.bits import as_mask
 from ..kernels.blend import blend
 from ..kernels.pooled import WHOLE, pooled_attention
 from .content import text_tokens
 from .cut import Cut, Side
 from .inputs import Inputs
-from .plan import Branch, Operands, Plan, Result, as_mask, from_units
+from .plan import Branch, Operands, Plan, Result, from_units
 from .scores import grid_means, grid_means_of_two, grid_weights
 
 MEASURES = "a full step measures what is missing"  # why a call of a recipe that corrects by residuals is not sparse
@@ -31,7 +32,7 @@ def corrected(plan: Plan, config: Correct | None, cut: Cut, mask: torch.Tensor, 
     if isinstance(config, DeltaCorrect):
         return replace(plan, fixes=(*plan.fixes, delta(cut.q, cut.length, config.stride)))
     if isinstance(config, MassCorrect):
-        return replace(plan, fixes=(*plan.fixes, pooled_mass(cut, as_mask(mask, cut.k.units), inputs)))
+        return replace(plan, fixes=(*plan.fixes, pooled_mass(cut, as_mask(mask)[..., : cut.k.units], inputs)))
     return replace(plan, pooled=(*plan.pooled, centroids(cut, mask, inputs)))
 
 
@@ -65,7 +66,7 @@ def centroids(cut: Cut, mask: torch.Tensor, inputs: Inputs) -> PooledBranch:
     keys = cut.k.without_means()
     means_k, means_v = grid_means_of_two(keys, inputs.k, inputs.v, WHOLE)
     if keys.span is None:
-        mask = keys.on_grid(as_mask(mask, keys.units), -1)
+        mask = keys.on_grid(as_mask(mask), -1)
     return PooledBranch(
         k=means_k,
         v=means_v,

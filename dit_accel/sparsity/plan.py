@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import PlanError
+from ..kernels.bits import as_mask
 from ..kernels.block_lists import block_lists
 from ..kernels.block_sparse import Precision, Predicate, block_sparse_attention
 from .cut import Cut
@@ -315,7 +316,7 @@ class PackedPlan:
 
     def mask(self) -> torch.Tensor:
         """Return the unit mask, bool [B|1, H|1, query units, key units]."""
-        return as_mask(self.bits, self.cut.k.units)
+        return as_mask(self.bits)[..., : self.cut.k.units]
 
     def expand(self) -> Plan:
         """Rebuild the index lists."""
@@ -343,14 +344,6 @@ def from_units(mask: torch.Tensor, cut: Cut, skip_heads: torch.Tensor | None = N
         every_query=True,
     )
     return Plan(queries=cut.length, keys=cut.length, branches=(branch,), pairs=lists.pairs.sum(-1))
-
-
-def as_mask(mask: torch.Tensor, units: int) -> torch.Tensor:
-    """Return a unit mask that may be as bits, uint8 [..., ceil(units / 8)], as bool [..., units]."""
-    if mask.dtype == torch.bool:
-        return mask
-    shifts = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return ((mask[..., None] >> shifts) & 1).bool().flatten(-2)[..., :units]
 
 
 @lru_cache(maxsize=16)

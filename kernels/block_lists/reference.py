@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.bits import as_mask
+
 
 def lists(
     units: Tensor, q_owner: Tensor, k_owner: Tensor, q_tokens: Tensor, k_tokens: Tensor, block_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spread the units over their blocks, then number each row's blocks; shapes as in `block_lists`."""
-    if units.dtype == torch.uint8:
-        units = _unpacked(units)
-    blocks = _spread(_spread(units, q_owner, -2), k_owner, -1)
+    # the spare bits of the last byte belong to no block
+    blocks = _spread(_spread(as_mask(units), q_owner, -2), k_owner, -1)
     blocks = blocks & (q_tokens > 0)[..., None] & (k_tokens > 0)[..., None, :]
     full = blocks & (k_tokens == block_k)[..., None, :]
     pairs = (blocks * (q_tokens[..., None] * k_tokens[..., None, :])).sum(-1)
@@ -26,12 +27,6 @@ def lists(
     ids = torch.arange(width, dtype=torch.int32, device=blocks.device).expand_as(place)
     index = torch.zeros(*place.shape[:-1], width + 1, dtype=torch.int32, device=blocks.device)
     return index.scatter_(-1, place, ids)[..., :width].contiguous(), count, full_count, pairs
-
-
-def _unpacked(bits: Tensor) -> Tensor:
-    """Return bits as a mask; the spare ones of the last byte belong to no block."""
-    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)
 
 
 def _spread(mask: Tensor, owner: Tensor, axis: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.bits import as_mask
+
 BYTES = 256 << 20  # of logits held at once
 
 
@@ -33,7 +35,4 @@ def attend(
 
 def left(computed: Tensor, first: int, groups: int) -> Tensor:
     """What is not computed of the groups, bool [B|1, H|1, R, groups]."""
-    if computed.dtype == torch.uint8:
-        bits = torch.arange(8, dtype=torch.uint8, device=computed.device)
-        computed = ((computed[..., None] >> bits) & 1).bool().flatten(-2)
-    return ~computed[..., first : first + groups]
+    return ~as_mask(computed)[..., first : first + groups]
