@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from ..errors import PlanError
-from ..kernels.bits import as_mask
 from ..kernels.block_lists import block_lists
 from ..kernels.block_sparse import Precision, Predicate, block_sparse_attention
 from .cut import Cut
@@ -313,10 +312,6 @@ class PackedPlan:
             ones = torch.nn.functional.pad(ones, (0, -mask.shape[-1] % 8))
         bits = (ones.unflatten(-1, (-1, 8)) * _bit_values(mask.device)).sum(-1, dtype=torch.uint8)
         return cls(bits, cut, note, skip_heads)
-
-    def mask(self) -> torch.Tensor:
-        """Return the unit mask, bool [B|1, H|1, query units, key units]."""
-        return as_mask(self.bits)[..., : self.cut.k.units]
 
     def expand(self) -> Plan:
         """Rebuild the index lists."""
