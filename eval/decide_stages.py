@@ -35,7 +35,6 @@ FUNCTIONS = {
     "dit_accel.sparsity.planner:exact_plan": "plan",
     "dit_accel.sparsity.plan:PackedPlan.pack": "plan",
     "dit_accel.sparsity.plan:PackedPlan.expand": "plan",
-    "dit_accel.sparsity.plan:PackedPlan.mask": "plan",
     "dit_accel.sparsity.planner:corrected": "correct",
     "dit_accel.sparsity.planner:residual": "correct",
     "dit_accel.sparsity.correct:PooledBranch.run": "correct",
