@@ -13,12 +13,12 @@ import torch
 from .call import Site
 from .engine import Engine
 from .errors import NonFiniteError
-from .hosts import Family, LayoutUnknownError
+from .hosts import Family, LayoutUnknownError, ada_norm
 from .hosts.family import bind
 from .hosts.generic import attention as intercepted_attention
 from .layout import TokenLayout
 from .origin import Origin
-from .seat import Seat, gradients, stand_in
+from .seat import Seat, gradients, stand_in, stand_in_module
 from .step import StepInfo, StepTracker
 
 _PARALLEL = "context parallelism is on"
@@ -62,6 +62,8 @@ class Attachment:
         for site in self._cross_sites:
             assert self.family.cross is not None
             self._replace_processor(site, self.family.cross.attention)
+        for place in ada_norm.places(self.transformer, [site for site in self.sites if site.name in self._placed]):
+            self._replace_norm(place)
         enter: Any = Hook(self._enter)
         leave: Any = Hook(self._leave)
         before = self.transformer.register_forward_pre_hook(enter, with_kwargs=True)
@@ -80,6 +82,17 @@ class Attachment:
         def undo() -> None:
             if site.module.processor is replacement:  # else the user has put another one there: it stays
                 site.module.processor = original
+
+        self._undo.append(undo)
+
+    def _replace_norm(self, place: ada_norm.Place) -> None:
+        replacement = stand_in_module(place.module, self, place.site, ada_norm.forward)
+        setattr(place.block, place.name, replacement)
+        self._seats.append(replacement._dit_accel_seat)
+
+        def undo() -> None:
+            if getattr(place.block, place.name, None) is replacement:  # else the user's own stays
+                setattr(place.block, place.name, place.module)
 
         self._undo.append(undo)
 

@@ -69,9 +69,20 @@ def stand_in(original: Any, host: Attachment, site: Site, attention: Callable[..
     return replacement
 
 
+def stand_in_module(original: torch.nn.Module, host: Attachment, site: Site, forward: Callable[..., Any]) -> Any:
+    """Make a module of a subclass that shares the original's attributes, so hooks and weights are its own.
+
+    Its forward is `forward(stock, host, site, module, ...)`; in compiled code, and once restored, it is stock's.
+    """
+    replacement = object.__new__(_module_subclass(type(original), forward))
+    object.__setattr__(replacement, "__dict__", original.__dict__)
+    object.__setattr__(replacement, "_dit_accel_seat", Seat(original, host, site))
+    return replacement
+
+
 @functools.lru_cache(maxsize=64)
 def _subclass(cls: type, attention: Callable[..., Any]) -> type:
-    """Derive the stand-in's class: one for all layers and handles, because compiled code is guarded by it.
+    """Derive a processor's stand-in: one class for all layers and handles, because compiled code is guarded by it.
 
     The signature is kept because attention modules drop keyword arguments that a processor does not name.
     """
@@ -84,11 +95,35 @@ def _subclass(cls: type, attention: Callable[..., Any]) -> type:
         host = seat if torch.compiler.is_compiling() else seat.host
         return attention(seat.original, host, seat.site, *args, **kwargs)
 
-    members = {
+    return _derived(cls, {"__call__": call})
+
+
+@functools.lru_cache(maxsize=64)
+def _module_subclass(cls: type, forward: Callable[..., Any]) -> type:
+    """Derive a module's stand-in, as `_subclass` does a processor's."""
+    stock: Callable[..., Any] = cls.forward
+
+    @functools.wraps(stock)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._dit_accel_seat.live:
+            return stock(self, *args, **kwargs)
+        seat: Seat = self._dit_accel_seat
+        return forward(stock, seat.host, seat.site, self, *args, **kwargs)
+
+    return _derived(cls, {"forward": call})
+
+
+def _derived(cls: type, members: dict[str, Any]) -> type:
+    """Make a subclass of the same name with a seat; a copy or a pickle of its instances is one of the original."""
+    common = {
         "__slots__": ("_dit_accel_seat",),  # beside the shared __dict__, not in it
-        "__call__": call,
         "__module__": cls.__module__,
+        "__copy__": lambda self: copy.copy(self._dit_accel_seat.original),
         "__deepcopy__": lambda self, memo: copy.deepcopy(self._dit_accel_seat.original, memo),
-        "__reduce_ex__": lambda self, protocol: self._dit_accel_seat.original.__reduce_ex__(protocol),
+        "__reduce_ex__": lambda self, protocol: (_itself, (self._dit_accel_seat.original,)),
     }
-    return type(cls.__name__, (cls,), members)
+    return type(cls.__name__, (cls,), {**common, **members})
+
+
+def _itself(original: Any) -> Any:
+    return original

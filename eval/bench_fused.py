@@ -1,4 +1,4 @@
-"""Check and time means of units, k-means, errors of means, norm and rotation, and a plan's special branches.
+"""Check and time means of units, k-means, errors of means, norms in one pass, and a plan's special branches.
 
     python -m dit_accel.eval.bench_fused [--out FOLDER] [--cases NAME...] [--only KIND...] [--tiny]
         [--commit HASH]
@@ -25,13 +25,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dit_accel.eval import branch_rows, error_rows, norm_rope_rows
+from dit_accel.eval import ada_norm_rows, branch_rows, error_rows, norm_rope_rows
 from dit_accel.eval.source import RESULTS, provenance
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.unit_means import unit_means
 from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
 
-KINDS = ("means", "errors", "norm-rope", "branches")
+KINDS = ("means", "errors", "norm-rope", "ada-norm", "branches")
 BYTES_PER_MS, FLOPS_PER_MS = 3.35e9, 989e9
 WORST_MEAN = 1e-5  # relative to the largest mean, of sums in fp32
 WORST_EXCESS = 1e-2  # relative to the mean distance, of centroids rounded to bf16
@@ -66,7 +66,7 @@ class Row:
 
 
 def row(
-    case: Case | error_rows.Case | norm_rope_rows.Case | branch_rows.Case,
+    case: Case | error_rows.Case | norm_rope_rows.Case | ada_norm_rows.Case | branch_rows.Case,
     operation: str,
     run: Callable[[], Any],
     error: float,
@@ -212,6 +212,13 @@ def run_norm_rope(case: norm_rope_rows.Case, device: torch.device) -> Iterator[R
 
 
 @torch.no_grad()
+def run_ada_norm(case: ada_norm_rows.Case, device: torch.device) -> Iterator[Row]:
+    """Layer norm, scale and shift: stock's operations one after the other, and in one pass."""
+    for timed in ada_norm_rows.ada_norm_rows(case, device):
+        yield row(case, timed.name, timed.run, timed.error, timed.moved)
+
+
+@torch.no_grad()
 def run_branches(case: branch_rows.Case, device: torch.device) -> Iterator[Row]:
     """Branches over columns, text and centroids."""
     for timed in branch_rows.branch_rows(case, device):
@@ -237,7 +244,9 @@ def write(path: Path, source: dict[str, str], rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    names = sorted({case.name for case in (*CASES, *error_rows.CASES, *norm_rope_rows.CASES, *branch_rows.CASES)})
+    full = (CASES, error_rows.CASES, norm_rope_rows.CASES, ada_norm_rows.CASES, branch_rows.CASES)
+    tiny = (TINY, error_rows.TINY, norm_rope_rows.TINY, ada_norm_rows.TINY, branch_rows.TINY)
+    names = sorted({case.name for cases in full for case in cases})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models to time")
@@ -252,13 +261,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device, options.commit)
     kind = "fused_tiny" if options.tiny else "fused"
     path = options.out / f"{kind}_{'-'.join(source['gpu'].lower().split())}.json"
-    full = (CASES, error_rows.CASES, norm_rope_rows.CASES, branch_rows.CASES)
-    tiny = (TINY, error_rows.TINY, norm_rope_rows.TINY, branch_rows.TINY)
-    means, errors, turned, branches = tiny if options.tiny else full
+    means, errors, turned, modulated, branches = tiny if options.tiny else full
     kinds = {
         "means": [(run_case, case) for case in means],
         "errors": [(run_errors, case) for case in errors],
         "norm-rope": [(run_norm_rope, case) for case in turned],
+        "ada-norm": [(run_ada_norm, case) for case in modulated],
         "branches": [(run_branches, case) for case in branches],
     }
     asked = [one for kind in options.only for one in kinds[kind]]

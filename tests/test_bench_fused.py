@@ -31,6 +31,9 @@ def test_every_operation_is_checked_timed_and_written(tmp_path: Path) -> None:
     for case in bench_fused.norm_rope_rows.TINY:
         names = {row.operation for row in rows if row.case == case.name}
         assert names >= {f"norm+rope {by}" for by in ("stock", "triton", "reference")}
+    for case in bench_fused.ada_norm_rows.TINY:
+        names = {row.operation for row in rows if row.case == case.name}
+        assert names >= {f"ada-norm {by}" for by in ("stock", "triton", "reference")}
     for case in bench_fused.branch_rows.TINY:
         names = [row.operation for row in rows if row.case == case.name]
         assert len([name for name in names if name.startswith("text")]) == (3 if case.text else 0)
@@ -109,6 +112,14 @@ def test_wrong_rotation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in bench_fused.norm_rope_rows.TINY:
         with pytest.raises(RuntimeError, match=r"triton errs by .* not timed"):
             list(bench_fused.run_norm_rope(case, torch.device("cpu")))
+
+
+def test_wrong_norms_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_fused.ada_norm_rows.ada_norm
+    monkeypatch.setattr(bench_fused.ada_norm_rows, "ada_norm", lambda *args, **more: right(*args, **more).roll(1, 1))
+    for case in bench_fused.ada_norm_rows.TINY:
+        with pytest.raises(RuntimeError, match=r"triton errs by .* not timed"):
+            list(bench_fused.run_ada_norm(case, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("what", ["labels", "centroids"])

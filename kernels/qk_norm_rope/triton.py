@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.rounding import INTERPRETED, rounded
 from dit_accel.kernels.sizes import power_of_two
 
 if TYPE_CHECKING:
     from .api import Norm, Part
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 ELEMENTS = 1024  # of a token's queries for each warp: 32 numbers a thread
 
 
@@ -27,15 +27,6 @@ def runs_on(device: torch.device) -> list[str]:
     if device.type in ("cuda", "meta") or INTERPRETED.value:  # on meta tensors nothing runs
         return []
     return [f"device {device} is not CUDA (set TRITON_INTERPRET=1 before Triton is imported to interpret)"]
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x to the nearest number of the dtype, ties to even, as fp32."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off instead
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -92,20 +83,20 @@ def _one(
     scale = tl.rsqrt(_total(a * a + b * b, ACROSS) / COUNT + eps)
     a, b = a * scale, b * scale
     if ROUNDS_FIRST:
-        a, b = _rounded(a, dtype), _rounded(b, dtype)
+        a, b = rounded(a, dtype), rounded(b, dtype)
     rows = h if ACROSS else tl.zeros([1, 1], tl.int32)  # of weights: each head its own, or one for all
     if weight_ptr is not None:
         wa, wb = _members(weight_ptr + rows * D, 1, rows < H, D, D_PAD, INTERLEAVED)
         a, b = a * wa, b * wb
         if ROUNDS_FIRST:
-            a, b = _rounded(a, dtype), _rounded(b, dtype)
+            a, b = rounded(a, dtype), rounded(b, dtype)
     if bias_ptr is not None:
         ca, cb = _members(bias_ptr + rows * D, 1, rows < H, D, D_PAD, INTERLEAVED)
         a, b = a + ca, b + cb
-    a, b = _rounded(a, dtype), _rounded(b, dtype)  # where stock's norm ends
+    a, b = rounded(a, dtype), rounded(b, dtype)  # where stock's norm ends
     if TURNS:
         a, b = tl.where(turned, a * cos_a - b * sin_a, a), tl.where(turned, b * cos_b + a * sin_b, b)
-        a, b = _rounded(a, dtype), _rounded(b, dtype)
+        a, b = rounded(a, dtype), rounded(b, dtype)
     if INTERLEAVED:
         d = tl.arange(0, D_PAD)[None, :]
         tl.store(out_ptr + h * D + d, tl.interleave(a, b).to(dtype), mask=real & (d < D))

@@ -24,6 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.ada_norm import triton as modulating
 from dit_accel.kernels.blend import triton as blending
 from dit_accel.kernels.block_lists import triton as listing
 from dit_accel.kernels.block_mass import triton as weighing
@@ -289,6 +290,15 @@ def compile_norm_rope(capability: int, heads: int, norm: Norm, halves: bool = Fa
     return compile_launch(turning._norm_rope_kernel, capability, args, constants)
 
 
+def compile_ada_norm(capability: int, channels: int, affine: bool) -> triton.compiler.CompiledKernel:
+    """Vectors as one product of six leaves them."""
+    x = torch.zeros(1, 1024, channels, dtype=BF16)
+    shift, scale = torch.zeros(1, 6 * channels, dtype=BF16).chunk(6, 1)[:2]
+    weight = torch.zeros(channels, dtype=BF16) if affine else None
+    _, args, constants = modulating.launch(x, scale, shift, 1e-6, weight, weight, x)
+    return compile_launch(modulating._ada_norm_kernel, capability, args, constants)
+
+
 OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     **{
         f"int8-{name.removeprefix('bf16-')}": lambda capability, name=name: compile_rounded(capability, name)
@@ -327,6 +337,8 @@ OTHERS: dict[str, Callable[[int], triton.compiler.CompiledKernel]] = {
     "budget-digit": lambda capability: compile_budget(capability, "digit"),
     "budget-level": lambda capability: compile_budget(capability, "level"),
     "budget-cut": lambda capability: compile_budget(capability, "cut"),
+    "ada-norm": lambda capability: compile_ada_norm(capability, 3072, affine=False),
+    "ada-norm-affine": lambda capability: compile_ada_norm(capability, 1920, affine=True),
     "norm-rope-heads": lambda capability: compile_norm_rope(capability, 24, Norm()),
     "norm-rope-halves": lambda capability: compile_norm_rope(capability, 24, Norm(), halves=True),
     "norm-rope-rounds-first": lambda capability: compile_norm_rope(capability, 24, Norm(rounds_first=True)),

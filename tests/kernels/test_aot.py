@@ -56,6 +56,7 @@ def test_the_kernel_for_hopper_compiles():
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_selection_compiles(capability):
     names = (
+        "ada-norm",
         "means-two",
         "assign-128",
         "block-mass-128",
@@ -70,7 +71,17 @@ def test_selection_compiles(capability):
 
 def test_other_selection_compiles():
     names = ("means-ragged", "means-direction", "assign-64", "block-max", "budget-rows", "top-mass", "shares-units")
-    check(compiled("90", *names, "descent-largest", "norm-rope-layer", "norm-rope-rounds-first", "norm-rope-halves"))
+    check(
+        compiled(
+            "90",
+            *names,
+            "descent-largest",
+            "ada-norm-affine",
+            "norm-rope-layer",
+            "norm-rope-rounds-first",
+            "norm-rope-halves",
+        )
+    )
 
 
 @pytest.mark.full
