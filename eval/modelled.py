@@ -2,13 +2,14 @@
 
 It needs `benchmarks/results/step_*.json` of `eval/bench_step.py`; without such a file there is no such axis. What a
 recipe's own decisions and blocks cost beside the benchmark's recipe is taken from `decide_*.json` of
-`eval/bench_decide.py`, where that has both at the same shape. Both are told apart only for a recipe that decides at
-every step, so results of one that keeps decisions are no such axis.
+`eval/bench_decide.py`, where that has both at the same shape. A step of a recipe that keeps decisions is the mean over
+the steps that one lasts; results in which the kept ones were not timed are no such axis.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,6 @@ from .store import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NUMBERS = ("density", "step_ms", "stock_step_ms")  # that every row must hold
-BENCHMARKED = "means-of-tiles"  # the recipe whose steps were measured, as `decide_*.json` names it
 SHAPES = ("wan-14b-720p-81", "flux-4096")  # a long clip and a large picture; of results that have neither, all
 
 
@@ -48,7 +48,7 @@ class Call:
 class Model:
     """One measured model: ms of a stock step, and of an accelerated one at each measured density, ascending.
 
-    `calls` by recipe, where measured at this shape; a step has `depth` of them.
+    `recipe` is whose steps they are. `calls` by recipe, where measured at this shape; a step has `depth` of them.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Model:
     stock_ms: float
     densities: tuple[float, ...]
     step_ms: tuple[float, ...]
+    recipe: str = ""
     depth: int = 0
     calls: Mapping[str, Call] = field(default_factory=dict)
 
@@ -80,8 +81,8 @@ class Model:
     def _step(self, density: float, recipe: str) -> float:
         if density >= 1:
             return self.stock_ms
-        if recipe in self.calls and BENCHMARKED in self.calls:
-            more = self.calls[recipe].more_than(self.calls[BENCHMARKED], density)
+        if recipe in self.calls and self.recipe in self.calls:
+            more = self.calls[recipe].more_than(self.calls[self.recipe], density)
             return self._measured(density) + self.depth * more
         return self._measured(density)
 
@@ -95,16 +96,21 @@ class Model:
 def models(folder: Path = RESULTS) -> list[Model]:
     """Read all measured models of a folder; none where there are no files. Raises ConfigError on a broken one."""
     return [
-        _model(case, data["gpu"], [row for row in data["rows"] if row["case"] == case], folder)
+        _model(case, data, folder)
         for _, data in step_results(folder)
-        if _decides_always(data)
+        if all(_mean_step(row, data) is not None for row in data["rows"])
         for case in _shapes(data)
     ]
 
 
-def _decides_always(data: Mapping[str, Any]) -> bool:
-    """Whether the measured recipe, as it was then, decides at every step."""
-    return "recipe" not in data or resolve({"base": data["recipe"], **data.get("settings", {})}).every == 1
+def _mean_step(row: Mapping[str, Any], data: Mapping[str, Any]) -> float | None:
+    """Return the mean ms of the steps that a decision lasts; None where those that keep it were not timed."""
+    recipe = data.get("recipe")
+    every = row.get("every") or (resolve({"base": recipe, **data.get("settings", {})}).every if recipe else 1)
+    if every == 1:
+        return float(row["step_ms"])
+    kept = row.get("kept_step_ms")
+    return None if kept is None else (float(row["step_ms"]) + (every - 1) * float(kept)) / every
 
 
 def _shapes(data: Mapping[str, Any]) -> list[str]:
@@ -127,11 +133,14 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _model(case: str, device: str, rows: Sequence[dict[str, float]], folder: Path) -> Model:
-    points = sorted({float(row["density"]): float(row["step_ms"]) for row in rows}.items())
+def _model(case: str, data: Mapping[str, Any], folder: Path) -> Model:
+    rows = [row for row in data["rows"] if row["case"] == case]
+    points = sorted({float(row["density"]): _mean_step(row, data) or math.inf for row in rows}.items())
+    device = data["gpu"]
     return Model(
         name=case,
         device=device,
+        recipe=data.get("recipe", ""),
         stock_ms=float(rows[0]["stock_step_ms"]),
         densities=tuple(density for density, _ in points),
         step_ms=tuple(ms for _, ms in points),

@@ -42,6 +42,12 @@ def passes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> l
     return seen
 
 
+def built(name: str) -> tuple[Any, dict[str, Any]]:
+    pipe, call = tiny.FAMILIES[name]()
+    pipe.to(DEVICE)
+    return pipe, {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+
+
 def norms(pipe: Any) -> list[torch.nn.Module]:
     return [module for module in pipe.transformer.modules() if isinstance(module, NORMS)]
 
@@ -49,7 +55,7 @@ def norms(pipe: Any) -> list[torch.nn.Module]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_norms_of_sparse_blocks_take_the_one_pass(name: str, passes: list[torch.Size]) -> None:
     """As many as stock calls, none of them in dense steps; the pictures are those of the modules' own forward."""
-    pipe, call = tiny.FAMILIES[name]()
+    pipe, call = built(name)
     with dit_accel.accelerate(pipe, FULL) as handle:
         fused = tiny.generate(pipe, call, steps=2)
         report = handle.report()
@@ -76,7 +82,7 @@ def test_the_kernel_gives_the_same_pictures(name: str, passes: list[torch.Size])
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dense_steps_are_stock_bit_for_bit(name: str, passes: list[torch.Size]) -> None:
-    pipe, call = tiny.FAMILIES[name]()
+    pipe, call = built(name)
     stock = tiny.generate(pipe, call)
     with dit_accel.accelerate(pipe, FULL, dense_steps=1.0):
         assert torch.equal(tiny.generate(pipe, call), stock)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dit_accel.errors import ConfigError
-from dit_accel.eval.modelled import BENCHMARKED, models
+from dit_accel.eval.modelled import models
 from dit_accel.eval.report import Summary, html
 from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store, load
 from dit_accel.eval.summary import bootstrap, paired, pareto, spent, standings
@@ -79,11 +79,30 @@ def test_modelled_times_follow_the_steps_and_densities_run(tmp_path: Path) -> No
     assert model.seconds(row("oracle@0.3", "oracle", 20, map=seen)) is None
 
 
+def test_a_step_is_the_mean_over_those_that_keep_its_decision(tmp_path: Path) -> None:
+    step = json.loads(step_file(tmp_path).read_text())
+    for line in step["rows"]:
+        line |= {"every": 4, "kept_step_ms": line["step_ms"] - 100}
+    step_file(tmp_path).write_text(json.dumps(step))
+    (model,) = models(tmp_path)
+    seen = DensityMap(sites=("p",), density=((1,), (0.5,)))
+    assert model.seconds(row("x", "recipe", 20, map=seen)) == pytest.approx((1000 + (700 + 3 * 600) / 4) / 1e3)
+    del step["rows"][0]["kept_step_ms"]
+    step_file(tmp_path).write_text(json.dumps(step))
+    assert models(tmp_path) == []
+    for line in step["rows"]:  # older results do not say how long one is kept; the recipe does
+        line.pop("kept_step_ms", None), line.pop("every")
+    step_file(tmp_path).write_text(json.dumps({**step, "recipe": "balanced"}))
+    assert models(tmp_path) == []
+    step_file(tmp_path).write_text(json.dumps({**step, "recipe": "balanced", "settings": {"every": 1}}))
+    assert len(models(tmp_path)) == 1
+
+
 def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path) -> None:
     step = json.loads(step_file(tmp_path).read_text())
     for line in step["rows"]:
         line["depth"] = 10
-    step_file(tmp_path).write_text(json.dumps(step))
+    step_file(tmp_path).write_text(json.dumps({**step, "recipe": "draft"}))
 
     def timed(name: str, decision: float, *kernels: float) -> dict[str, Any]:
         kinds = {str(ms): {"calls": 5, "device": {"kernel": ms, "merge": 1.0}} for ms in kernels}
@@ -91,7 +110,7 @@ def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path
 
     file = tmp_path / "decide_big_gpu.json"
     older = {**timed("old", 4.0, 999.0), "hopper": False}  # of its kernels nothing can be said
-    file.write_text(json.dumps({"rows": [timed(BENCHMARKED, 1.0, 19.0), timed("slow", 3.0, 29.0, 49.0), older]}))
+    file.write_text(json.dumps({"rows": [timed("draft", 1.0, 19.0), timed("slow", 3.0, 29.0, 49.0), older]}))
     (model,) = models(tmp_path)
     seen = DensityMap(sites=("p",), density=((1,), (0.5,)))
     given = {"map": seen, "definition": {"name": "slow"}}
