@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,22 @@ SHAPES = ("wan-14b-720p-81", "flux-4096")  # a long clip and a large picture; of
 class Call:
     """What a recipe's attention call costs at a true shape: its decision, and its kernels for each unit of density.
 
-    `hopper`: whether those were timed with the kernel for Hopper.
+    `density`: at which those were timed; `hopper`: whether with the kernel for Hopper.
     """
 
     decision_ms: float
     kernel_ms: float
+    density: float
     hopper: bool
 
     def more_than(self, other: Call, density: float) -> float:
-        """Return how many ms more a call takes; kernels count only where both were timed with the same one."""
-        kernels = density * (self.kernel_ms - other.kernel_ms) if self.hopper == other.hopper else 0.0
+        """Return how many ms more a call takes.
+
+        Kernels count only where both were timed with the same one, and up to twice the density at which they were:
+        where few pairs are computed most of them lie in part of a block, which says nothing of whole ones.
+        """
+        known = self.hopper == other.hopper and density <= 2 * self.density
+        kernels = density * (self.kernel_ms - other.kernel_ms) if known else 0.0
         return self.decision_ms - other.decision_ms + kernels
 
 
@@ -165,4 +171,4 @@ def _call(row: dict[str, Any]) -> Call:
     kinds = row["kinds"].values()
     spent = sum(kind["calls"] * (kind["device"]["kernel"] + kind["device"]["merge"]) for kind in kinds)
     ms = spent / sum(kind["calls"] for kind in kinds)
-    return Call(row["decision_ms"], ms / row["density"], bool(row.get("hopper")))
+    return Call(row["decision_ms"], ms / row["density"], row["density"], bool(row.get("hopper")))

@@ -82,14 +82,21 @@ def error_plot(rows: Sequence[Row]) -> bytes | None:
 
 
 def map_plot(shown: DensityMap) -> bytes:
-    """Draw the density step by site, from white (none computed) to dark (dense)."""
-    grid = np.array(shown.density).T
-    figure, axes = _figure(min(1.4 + 0.22 * grid.shape[1], 9), min(0.9 + 0.16 * grid.shape[0], 7))
-    picture = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
-    axes.set_xlabel("step")
-    axes.set_ylabel("site")
-    figure.colorbar(picture, ax=axes, label="density")
-    return _pixels(figure)
+    """Draw the density from white (none computed) to dark (dense), a pixel for each step (across) and site (down)."""
+    return _shades(np.array(shown.density).T)
+
+
+def map_scale() -> bytes:
+    """Draw the colours of `map_plot` from density 0 to 1, one pixel high."""
+    return _shades(np.linspace(0, 1, 101)[None])
+
+
+def _shades(grid: np.ndarray) -> bytes:
+    from matplotlib import colormaps
+
+    buffer = io.BytesIO()
+    Image.fromarray(colormaps["Blues"](grid, bytes=True)[..., :3]).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _draw_floors(axes: Axes, lines: Sequence[Standing], top: float) -> None:
@@ -140,18 +147,12 @@ def _legend(axes: Axes) -> None:
 
 
 def _saved(figure: Any) -> bytes:
-    """Write an SVG, small: letters stay text, and places have two digits behind the point, a hundredth of a point."""
+    """Write an SVG, small: letters stay text in any font, places have two digits, and nothing stands between tags."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return re.sub(rb"(\d\.\d\d)\d+", rb"\1", buffer.getvalue())
-
-
-def _pixels(figure: Any) -> bytes:
-    """Write a small PNG of few colours: a page has one map a candidate."""
-    drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=80)
-    Image.open(drawn).convert("RGB").quantize(64).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    drawn = re.sub(rb"(\d\.\d\d)\d+", rb"\1", buffer.getvalue())
+    drawn = re.sub(rb"font-family: [^;\"]*", b"font-family: sans-serif", drawn)
+    return re.sub(rb"\s+", b" ", re.sub(rb">\s+<", b"><", drawn))

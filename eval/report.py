@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.compare import GAIN, difference
@@ -136,13 +137,18 @@ def html(summary: Summary) -> str:
         source
     )
     first = _first_of_each(summary.rows)
-    maps = [(row.candidate, _uri(plots.map_plot(row.map), "png")) for row in first if row.map is not None]
+    maps = [
+        {"name": row.candidate, "steps": len(row.map.density), "sites": len(row.map.sites),
+         "picture": _uri(plots.map_plot(row.map), "png")}
+        for row in first if row.map is not None
+    ]  # fmt: skip
     return template.render(
         summary=summary,
         tables=summary.shown,
         figures=_figures(summary),
         galleries=_galleries(summary),
         maps=maps,
+        scale=_uri(plots.map_scale(), "png"),
         gain=GAIN,
     )
 
@@ -169,7 +175,7 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
             for asked, at in _asked(summary.rows)
         ),
     ]
-    return [(caption, _uri(drawn, "svg+xml")) for caption, drawn in found if drawn is not None]
+    return [(caption, _svg_uri(drawn)) for caption, drawn in found if drawn is not None]
 
 
 def _asked(rows: Sequence[Row]) -> list[tuple[float | None, str]]:
@@ -211,6 +217,11 @@ def _shown(media: Media) -> str:
 
 def _uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _svg_uri(drawn: bytes) -> str:
+    """An SVG as text: smaller than in base 64."""
+    return "data:image/svg+xml," + quote(drawn, safe=" =:/;,.()'-+*!?@&$_~[]{}|^")
 
 
 def _first_of_each(rows: Sequence[Row]) -> list[Row]:

@@ -119,6 +119,11 @@ def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path
     assert model.seconds(row("y", "recipe", 20, map=seen)) == pytest.approx(1.7)
     given["definition"] = {"name": "old"}
     assert model.seconds(row("z", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 3) / 1e3)
+    thin = {**timed("thin", 2.0, 99.0), "density": 0.2}  # too few pairs to tell of half of all
+    file.write_text(json.dumps({"rows": [timed("draft", 1.0, 19.0), timed("slow", 3.0, 29.0, 49.0), thin]}))
+    (model,) = models(tmp_path)
+    given["definition"] = {"name": "thin"}
+    assert model.seconds(row("t", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 1) / 1e3)
     given["definition"] = {"name": "slow", "correct": {"kind": "centroids"}}
     assert model.seconds(row("x", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 22) / 1e3)
     given["definition"] = {"name": "new", "correct": {"kind": "centroids"}}
