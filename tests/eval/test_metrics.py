@@ -62,6 +62,19 @@ def ssim_by_hand(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
+def test_a_clips_figures_are_means_over_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MS-SSIM of every frame, whatever is held at a time; FLIP of every fourth."""
+    clean = [picture(10 + i) for i in range(11)]
+    make = np.random.default_rng(4)
+    made = [np.clip(a + (2 + i) * make.normal(0, 1, a.shape), 0, 255).astype(np.uint8) for i, a in enumerate(clean)]
+    alone = [compare(media(b), media(a)) for a, b in zip(clean, made, strict=True)]
+    monkeypatch.setattr(metrics, "has_vmaf", lambda: False)
+    clip = compare(media(*made, fps=8.0), media(*clean, fps=8.0))
+    assert clip.ms_ssim == pytest.approx(np.mean([one.ms_ssim for one in alone]), abs=1e-6)
+    assert clip.ssim == pytest.approx(np.mean([one.ssim for one in alone]), abs=1e-6)
+    assert clip.flip == pytest.approx(np.mean([one.flip for one in alone[::4]]), abs=1e-6)
+
+
 def test_ssim_is_the_papers() -> None:
     make = np.random.default_rng(2)
     a = picture(2, (37, 31))
