@@ -112,6 +112,11 @@ class Row(Line, frozen=True):
     def key(self) -> tuple[str, str, int]:
         return self.candidate, self.prompt, self.seed
 
+    @property
+    def passing(self) -> bool:
+        """Whether it failed for want of memory, which may be there another time."""
+        return self.error is not None and "out of memory" in self.error
+
 
 class Store:
     """A study's file, and beside it a folder of the pictures. Opening one with another setup is refused."""
@@ -131,14 +136,14 @@ class Store:
         return media_folder(self.path)
 
     def has(self, candidate: str, definition: Mapping[str, Any], prompt: str, seed: int) -> bool:
-        """Say whether a row is there already; ConfigError where that name stood for something else then."""
+        """Say whether a row is there already, one to try again aside; ConfigError where its name stood for others."""
         row = self.rows.get((candidate, prompt, seed))
         if row is not None and _plain(row.definition) != _plain(definition):
             changed = _changed(_plain(row.definition), _plain(definition))
             raise ConfigError(
                 f"{self.path}: {candidate} was measured with other settings ({changed}); name another output."
             )
-        return row is not None
+        return row is not None and not row.passing
 
     def add(self, row: Row) -> None:
         """Append a row; what is written before it, the setup for instance, is never touched again."""
@@ -162,7 +167,10 @@ class Store:
 
 
 def load(path: Path) -> tuple[Setup, list[Row]]:
-    """Read a file of rows, .jsonl or .jsonl.xz; a last line left unfinished is passed over. Raises ConfigError."""
+    """Read a file of rows, .jsonl or .jsonl.xz, the last of each key. Raises ConfigError.
+
+    A last line left unfinished is passed over.
+    """
     try:
         raw = path.read_bytes()
         text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
@@ -174,7 +182,8 @@ def load(path: Path) -> tuple[Setup, list[Row]]:
     setup = _parse(Setup, lines[0], path, 1)
     if setup.format != FORMAT:
         raise ConfigError(f"{path}: has format {setup.format}, this version reads {FORMAT}.")
-    return setup, [_parse(Row, line, path, number) for number, line in enumerate(lines[1:], 2)]
+    rows = [_parse(Row, line, path, number) for number, line in enumerate(lines[1:], 2)]
+    return setup, list({row.key: row for row in rows}.values())
 
 
 def open_media(rows: Path, row: Row) -> Media | None:

@@ -176,6 +176,22 @@ def test_a_study_cut_within_a_row_goes_on_with_that_row(evaluate: Evaluate, tmp_
     assert file.read_bytes().startswith(whole[: whole[:-1].rfind(b"\n") + 1])
 
 
+@pytest.mark.parametrize(("error", "again"), [("CUDA out of memory. Tried to allocate 1.86 GiB", True), ("no", False)])
+def test_only_what_lacked_memory_is_tried_again(evaluate: Evaluate, tmp_path: Path, error: str, again: bool) -> None:
+    output = tmp_path / "out.html"
+    assert evaluate(output, *FEW).exit_code == 0
+    file = output.with_suffix(".jsonl")
+    *lines, last = file.read_text().splitlines()
+    failed = {**json.loads(last), "error": error, "figures": None, "media": None, "seconds": None}
+    file.write_text("\n".join([*lines, json.dumps(failed)]) + "\n")
+    assert evaluate(output, *FEW).exit_code == 0
+    rows = rows_of(output)
+    assert len(rows) == len(lines)  # the first line is the setup
+    assert (rows[-1].error is None) == again
+    assert (rows[-1].figures is not None) == again
+    assert file.read_text().count("\n") == len(lines) + 1 + again
+
+
 def test_a_killed_study_goes_on(model: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     """Kill a real process once it has written something; the rest comes from another, and equals an unbroken run."""
     output, unbroken = tmp_path / "out.html", tmp_path / "unbroken.html"
