@@ -9,7 +9,6 @@ the steps that one lasts; results in which the kept ones were not timed are no s
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +140,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _model(case: str, data: Mapping[str, Any], folder: Path) -> Model:
     rows = [row for row in data["rows"] if row["case"] == case]
-    points = sorted({float(row["density"]): _mean_step(row, data) or math.inf for row in rows}.items())
+    found = {float(row["density"]): ms for row in rows if (ms := _mean_step(row, data)) is not None}
+    points = sorted(found.items())
     device = data["gpu"]
     return Model(
         name=case,

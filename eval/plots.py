@@ -83,7 +83,7 @@ def error_plot(rows: Sequence[Row]) -> bytes | None:
 
 def map_plot(shown: DensityMap) -> bytes:
     """Draw the density from white (none computed) to dark (dense), a pixel for each step (across) and site (down)."""
-    return _shades(np.array(shown.density).T)
+    return _shades(np.array(shown.density, dtype=float).T)
 
 
 def map_scale() -> bytes:

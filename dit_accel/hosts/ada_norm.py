@@ -26,8 +26,8 @@ class Place:
 
 def places(transformer: torch.nn.Module, sites: Sequence[Site]) -> Iterator[Place]:
     """List the norms beside each site that `MODULATED` has an entry for."""
-    for site, path in ((site, site.name.removeprefix(site.model)) for site in sites):
-        block = transformer.get_submodule(path.rpartition(".")[0])
+    for site in sites:
+        block = transformer.get_submodule(site.name.removeprefix(site.model).rpartition(".")[0])
         for name, module in block.named_children():
             if type(module).__module__ == "diffusers.models.normalization" and type(module).__name__ in MODULATED:
                 yield Place(block, name, module, site)
@@ -36,8 +36,8 @@ def places(transformer: torch.nn.Module, sites: Sequence[Site]) -> Iterator[Plac
 def modulate(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Return norm(x) * (1 + scale) + shift of x [B, S, C] and vectors [B, C], in one pass where all of it is plain.
 
-    That is: on CUDA; a norm that is torch's own LayerNorm without hooks; one dtype; no gradients and no autocast. The
-    two ways differ by the order in which float32 sums are taken.
+    That is: on CUDA; a norm that is torch's own LayerNorm without hooks; vectors for each sample, not one for all; one
+    dtype and device; no gradients and no autocast. The two ways differ by the order in which float32 sums are taken.
     """
     if not _plain(norm, x, scale, shift):
         return norm(x) * (1 + scale[:, None]) + shift[:, None]
@@ -47,8 +47,11 @@ def modulate(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tenso
 def _plain(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> bool:
     if type(norm) is not torch.nn.LayerNorm or hidden_state(norm) or tuple(norm.normalized_shape) != x.shape[2:]:
         return False
+    if not scale.shape == shift.shape == (x.shape[0], x.shape[2]):
+        return False
     given = [t for t in (x, scale, shift, norm.weight, norm.bias) if t is not None]
-    alike = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype == x.dtype for t in given)
+    own = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in given)
+    alike = own and all((t.dtype, t.device) == (x.dtype, x.device) for t in given)
     asked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return alike and not asked and not cast and not unsupported_reasons("triton", x)

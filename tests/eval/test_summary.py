@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import random
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dit_accel.errors import ConfigError
+from dit_accel.eval import plots
 from dit_accel.eval.modelled import models
 from dit_accel.eval.report import Summary, html
 from dit_accel.eval.store import DensityMap, Figures, Row, Setup, Store, load
@@ -151,6 +154,14 @@ def test_a_broken_benchmark_file_is_one_line(tmp_path: Path) -> None:
     step_file(tmp_path).write_text('{"rows": [{}]}')
     with pytest.raises(ConfigError, match="is no result of the step benchmark"):
         models(tmp_path)
+
+
+def test_a_map_has_a_pixel_for_each_step_and_site() -> None:
+    drawn = Image.open(io.BytesIO(plots.map_plot(DensityMap(sites=("p", "q"), density=((1, 1), (1, 0), (1, 0.5))))))
+    assert drawn.size == (3, 2)
+    dense, half, none = (drawn.convert("L").getpixel(at) for at in ((0, 0), (2, 1), (1, 1)))
+    assert dense < half < none
+    assert none > 240
 
 
 def test_the_page_shows_each_time_axis_alone_and_escapes(tmp_path: Path) -> None:
