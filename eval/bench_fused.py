@@ -27,9 +27,10 @@ from torch import Tensor
 
 from dit_accel.eval import ada_norm_rows, branch_rows, error_rows, norm_rope_rows
 from dit_accel.eval.source import RESULTS, provenance
+from dit_accel.kernels.choice import Backend
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.unit_means import unit_means
-from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
+from dit_accel.kernels.unit_means.api import unsupported_reasons
 
 KINDS = ("means", "errors", "norm-rope", "ada-norm", "branches")
 BYTES_PER_MS, FLOPS_PER_MS = 3.35e9, 989e9

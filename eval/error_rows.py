@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.eval.norm_rope_rows import Timed
+from dit_accel.kernels.choice import Backend
 from dit_accel.kernels.unit_error import unit_error
-from dit_accel.kernels.unit_error.api import Backend
 
 QUERIES = 128  # tokens that one mean query stands for
 BACKENDS: tuple[Backend, ...] = ("triton", "reference")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, dtype_reasons, takes_triton, why_not_triton
 from dit_accel.kernels.sizes import power_of_two
 
 from .op import ada_norm_op
 
-Backend = Literal["triton", "reference"]
 LARGEST = 16_384  # channels that a program holds in registers
 
 
@@ -49,13 +46,7 @@ def ada_norm(
     if torch.compiler.is_compiling() or x.is_meta:  # traced, or only counted
         return ada_norm_op(x, scale, shift, eps, weight, bias, backend)
     _check(x, scale, shift, weight, bias)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(x) else "reference")
-    reasons = unsupported_reasons(wanted, x)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot take x {list(x.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons:
+    if takes_triton(backend, "take x {}", _triton_reasons, x):
         from .triton import modulated
     else:
         from .reference import modulated
@@ -64,15 +55,13 @@ def ada_norm(
 
 def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:
     """Why a back end cannot take such tokens [B, S, C]; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(x.device)
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {x.dtype} is not fp16, bf16 or fp32")
+    return [] if backend == "reference" else why_not_triton(_triton_reasons, x)
+
+
+def _triton_reasons(x: Tensor) -> list[str]:
+    from . import triton
+
+    reasons = triton.runs_on(x.device) + dtype_reasons(x)
     if power_of_two(x.shape[-1]) > LARGEST:
         reasons.append(f"{x.shape[-1]} channels are more than {LARGEST}")
     return reasons

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
-
-Backend = Literal["triton", "reference"]
+from dit_accel.kernels.choice import Backend, dtype_reasons, takes_triton
 
 
 def blend(out: Tensor, kept: Tensor, rest: Tensor, unit: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -35,25 +30,14 @@ def blend(out: Tensor, kept: Tensor, rest: Tensor, unit: Tensor, *, backend: Bac
             f"out is {list(out.shape)}, kept {list(kept.shape)}, rest {list(rest.shape)}, unit {list(unit.shape)}; "
             "expected [B, S, H, D], [B, H, U], [B, H, U, D] and [B|1, H|1, S]"
         )
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(out) else "reference")
-    reasons = _unsupported_reasons(out) if wanted == "triton" else []
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot blend out {list(out.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons and out.numel():
+    if takes_triton(backend, "blend out {}", _triton_reasons, out) and out.numel():
         from .triton import run
     else:
         from .reference import run
     return run(out, kept, rest, unit)
 
 
-def _unsupported_reasons(out: Tensor) -> list[str]:
-    try:
-        from dit_accel.kernels.block_sparse.triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(out.device, out.dtype)
-    if out.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {out.dtype} is not fp16, bf16 or fp32")
-    return reasons
+def _triton_reasons(out: Tensor) -> list[str]:
+    from dit_accel.kernels.block_sparse import triton
+
+    return triton.runs_on(out.device, out.dtype) + dtype_reasons(out)

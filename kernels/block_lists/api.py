@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, takes_triton
 
 from .op import lists_op
-
-Backend = Literal["triton", "reference"]
 
 
 class BlockLists(NamedTuple):
@@ -61,28 +59,17 @@ def block_lists(
     if torch.compiler.is_compiling():
         return BlockLists(*lists_op(units, q_owner, k_owner, q_tokens, k_tokens, block_k, backend))
     _check(units, q_owner, k_owner, q_tokens, k_tokens, block_k)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(units) else "reference")
-    reasons = unsupported_reasons(wanted, units.device)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot list units {list(units.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons:
+    if takes_triton(backend, "list units {}", _triton_reasons, units):
         from .triton import lists
     else:
         from .reference import lists
     return BlockLists(*lists(units, q_owner, k_owner, q_tokens, k_tokens, block_k))
 
 
-def unsupported_reasons(backend: Backend, device: torch.device) -> list[str]:
-    """Why a back end cannot run on a device; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    return runs_on(device)
+def _triton_reasons(units: Tensor) -> list[str]:
+    from . import triton
+
+    return triton.runs_on(units.device)
 
 
 def _check(units: Tensor, q_owner: Tensor, k_owner: Tensor, q_tokens: Tensor, k_tokens: Tensor, block_k: int) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, head_reasons, takes_triton
 
 from .op import mass_op
-
-Backend = Literal["triton", "reference"]
 
 
 def block_mass(
@@ -90,29 +86,13 @@ def block_mass_and_lse(
 
 def uses_triton(q: Tensor, q_slots: Tensor, k_slots: Tensor, backend: Backend | None) -> bool:
     """Whether pairs of units are looked at in Triton; raises where a named back end cannot."""
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(q) else "reference")
-    reasons = unsupported_reasons(wanted, q)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot attend q {list(q.shape)}: {'; '.join(reasons)}")
-    return wanted == "triton" and not reasons and min(q.numel(), len(q_slots), len(k_slots)) > 0
+    return takes_triton(backend, "attend q {}", _triton_reasons, q) and min(q.numel(), len(q_slots), len(k_slots)) > 0
 
 
-def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
-    """Why a back end cannot take such queries; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(q.device, q.dtype)
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {q.dtype} is not fp16, bf16 or fp32")
-    if not 16 <= q.shape[3] <= 256:
-        reasons.append(f"head dim {q.shape[3]} is not within 16..256")
-    return reasons
+def _triton_reasons(q: Tensor) -> list[str]:
+    from . import triton
+
+    return triton.runs_on(q.device, q.dtype) + head_reasons(q)
 
 
 def check_units(q: Tensor, k: Tensor, q_slots: Tensor, k_slots: Tensor, unit: int) -> None:

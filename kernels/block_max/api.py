@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_mass.api import Backend, check_units, uses_triton
+from dit_accel.kernels.block_mass.api import check_units, uses_triton
+from dit_accel.kernels.choice import Backend
 
 from .op import max_op
 

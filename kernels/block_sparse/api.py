@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import wants_triton, why_not_triton
 
 from .op import traced
 from .problem import Precision, Predicate, Problem
@@ -140,7 +140,7 @@ def unsupported_reasons(
     if backend == "cpu":
         return _cpu_reasons(device, dtype)
     if backend == "triton":
-        return _triton_reasons(device, dtype, head_dim, precision)
+        return why_not_triton(_triton_reasons, device, dtype, head_dim, precision)
     if backend == "flex":
         from .flex import runs_on
 
@@ -165,11 +165,9 @@ def _cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def _triton_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> list[str]:
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(device, dtype)
+    from . import triton
+
+    reasons = triton.runs_on(device, dtype)
     if precision == "int8" and dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"dtype {dtype} is not fp16 or bf16, which precision 'int8' takes")
     elif dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, takes_triton
 
 from .op import heads_op, rows_op
 
-Backend = Literal["triton", "reference"]
 WIDEST = 8192  # columns of a row that the Triton kernel holds in registers
 
 
@@ -70,15 +67,10 @@ def fill_heads(
     return heads(score, keep, row_cost, col_cost, share)
 
 
-def unsupported_reasons(backend: Backend, score: Tensor) -> list[str]:
-    """Why a back end cannot take such scores; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(score.device)
+def _triton_reasons(score: Tensor) -> list[str]:
+    from . import triton
+
+    reasons = triton.runs_on(score.device)
     if score.shape[3] > WIDEST:
         reasons.append(f"{score.shape[3]} columns are more than {WIDEST}")
     return reasons
@@ -86,13 +78,7 @@ def unsupported_reasons(backend: Backend, score: Tensor) -> list[str]:
 
 def uses_triton(score: Tensor, backend: Backend | None) -> bool:
     """Whether a map of scores is ranked in Triton; raises where a named back end cannot."""
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(score) else "reference")
-    reasons = unsupported_reasons(wanted, score)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot rank {list(score.shape)}: {'; '.join(reasons)}")
-    return wanted == "triton" and not reasons and score.numel() > 0
+    return takes_triton(backend, "rank {}", _triton_reasons, score) and score.numel() > 0
 
 
 def check_map(score: Tensor, keep: Tensor) -> None:

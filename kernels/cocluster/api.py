@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, takes_triton
 from dit_accel.kernels.kmeans.api import check, first_centroids  # each half step is that operation's, another distance
-from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons
+from dit_accel.kernels.unit_means.api import unsupported_reasons
 
 Clusters = tuple[Tensor, Tensor, Tensor]
 
@@ -50,13 +50,7 @@ def cocluster(
     for x, count, begin in zip((q, k), clusters, start or (None, None), strict=True):
         check(x, count, iterations, begin)
         first.append(first_centroids(x, count, begin))
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(q) else "reference")
-    reasons = [*unsupported_reasons(wanted, q), *unsupported_reasons(wanted, k)]
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot cluster q {list(q.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons:
+    if takes_triton(backend, "cluster q {}", _triton_reasons, q, k):
         from .triton import move
     else:
         from .reference import move
@@ -64,6 +58,10 @@ def cocluster(
     for _ in range(iterations - 1):
         queries, keys = _round(move, q, k, queries[1], keys[1])
     return queries, keys
+
+
+def _triton_reasons(q: Tensor, k: Tensor) -> list[str]:
+    return unsupported_reasons("triton", q) + unsupported_reasons("triton", k)
 
 
 def _round(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, head_reasons, takes_triton
 
 from .op import descend_op
-
-Backend = Literal["triton", "reference"]
 
 
 def descend(queries: Tensor, k: Tensor, slots: Tensor, unit: int, *, backend: Backend | None = None) -> Tensor:
@@ -39,35 +35,17 @@ def descend(queries: Tensor, k: Tensor, slots: Tensor, unit: int, *, backend: Ba
     if torch.compiler.is_compiling():
         return descend_op(queries, k, slots, unit, backend)
     _check(queries, k, slots, unit)
-    if _uses_triton(queries, slots, backend):
+    if takes_triton(backend, "search {}", _triton_reasons, queries) and min(queries.numel(), len(slots)) > 0:
         from .triton import best
     else:
         from .reference import best
     return best(queries, k, slots, unit)
 
 
-def _uses_triton(queries: Tensor, slots: Tensor, backend: Backend | None) -> bool:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(queries) else "reference")
-    if wanted == "reference":
-        return False
-    reasons = _unsupported_reasons(queries)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot search {list(queries.shape)}: {'; '.join(reasons)}")
-    return not reasons and min(queries.numel(), len(slots)) > 0
+def _triton_reasons(queries: Tensor) -> list[str]:
+    from . import triton
 
-
-def _unsupported_reasons(queries: Tensor) -> list[str]:
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(queries.device, queries.dtype)
-    if queries.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {queries.dtype} is not fp16, bf16 or fp32")
-    if not 16 <= queries.shape[4] <= 256:
-        reasons.append(f"head dim {queries.shape[4]} is not within 16..256")
+    reasons = triton.runs_on(queries.device, queries.dtype) + head_reasons(queries)
     if queries.shape[3] > 64:
         reasons.append(f"{queries.shape[3]} queries of a group are more than 64")
     return reasons

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
-from dit_accel.kernels.unit_means.api import Backend, unsupported_reasons  # its update is that operation
+from dit_accel.kernels.choice import Backend, takes_triton
+from dit_accel.kernels.unit_means.api import triton_reasons  # its update is that operation
 
 
 def kmeans(
@@ -35,13 +35,7 @@ def kmeans(
     their dtype, which the reference does not: a token about as far from two centroids may fall to either.
     """
     check(x, clusters, iterations, start)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(x) else "reference")
-    reasons = unsupported_reasons(wanted, x)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot cluster x {list(x.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons:
+    if takes_triton(backend, "cluster x {}", triton_reasons, x):
         from .triton import lloyd
     else:
         from .reference import lloyd

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, dtype_reasons, takes_triton
 
 from .op import merge_op
 
-Backend = Literal["triton", "reference"]
 MOST_BRANCHES = 4  # of the Triton kernel
 
 
@@ -40,34 +38,20 @@ def merge_attention(
     if torch.compiler.is_compiling():
         return merge_op(list(outs), list(lses), backend)
     _check(outs, lses)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(outs[0]) else "reference")
-    reasons = unsupported_reasons(wanted, outs)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot merge: {'; '.join(reasons)}")
-    use_triton = wanted == "triton" and not reasons
-    if use_triton and outs[0].numel():
+    if takes_triton(backend, "merge", _triton_reasons, outs[0], len(outs)) and outs[0].numel():
         from .triton import merge
     else:
         from .reference import merge
     return merge(outs, lses)
 
 
-def unsupported_reasons(backend: Backend, outs: Sequence[Tensor]) -> list[str]:
-    """Why a back end cannot merge these; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(outs[0].device)
-    if not 1 <= len(outs) <= MOST_BRANCHES:
-        reasons.append(f"{len(outs)} branches are more than {MOST_BRANCHES}")
-    if outs[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {outs[0].dtype} is not fp16, bf16 or fp32")
-    return reasons
+def _triton_reasons(out: Tensor, branches: int) -> list[str]:
+    from . import triton
+
+    reasons = triton.runs_on(out.device)
+    if branches > MOST_BRANCHES:
+        reasons.append(f"{branches} branches are more than {MOST_BRANCHES}")
+    return reasons + dtype_reasons(out)
 
 
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:

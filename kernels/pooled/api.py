@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import head_reasons, wants_triton, why_not_triton
 from dit_accel.kernels.merge import merge_attention
 
 from .op import pooled_op
@@ -84,16 +84,13 @@ def unsupported_reasons(backend: Backend, q: Tensor) -> list[str]:
         return []
     if backend == "cpu":
         return [] if q.device.type == "cpu" else [f"the tensors lie on {q.device}"]
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(q.device, q.dtype)
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {q.dtype} is not fp16, bf16 or fp32")
-    if not 16 <= q.shape[3] <= 256:
-        reasons.append(f"head dim {q.shape[3]} is not within 16..256")
-    return reasons
+    return why_not_triton(_triton_reasons, q)
+
+
+def _triton_reasons(q: Tensor) -> list[str]:
+    from . import triton
+
+    return triton.runs_on(q.device, q.dtype) + head_reasons(q)
 
 
 def _check_into(q: Tensor, into: tuple[Tensor, Tensor] | None) -> None:

@@ -9,12 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, dtype_reasons, takes_triton, why_not_triton
 from dit_accel.kernels.sizes import power_of_two
 
 from .op import norm_rope_op
 
-Backend = Literal["triton", "reference"]
 LARGEST = 16_384  # numbers of one token that a program holds in registers
 
 
@@ -87,13 +86,7 @@ def qk_norm_rope(
         return norm_rope_op(qs, ks, weights, *how, cos, sin, start, interleaved, backend)
     _check(parts, norm)
     _check_tables(parts, cos, sin, start)
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(parts[0].q) else "reference")
-    reasons = unsupported_reasons(wanted, parts[0].q, norm)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot take q {list(parts[0].q.shape)}: {'; '.join(reasons)}")
-    if wanted == "triton" and not reasons:
+    if takes_triton(backend, "take q {}", _triton_reasons, parts[0].q):
         from .triton import norm_rope
     else:
         from .reference import norm_rope
@@ -102,15 +95,13 @@ def qk_norm_rope(
 
 def unsupported_reasons(backend: Backend, q: Tensor, norm: Norm) -> list[str]:
     """Why a back end cannot take such queries [B, S, H, D]; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(q.device)
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {q.dtype} is not fp16, bf16 or fp32")
+    return [] if backend == "reference" else why_not_triton(_triton_reasons, q)
+
+
+def _triton_reasons(q: Tensor) -> list[str]:
+    from . import triton
+
+    reasons = triton.runs_on(q.device) + dtype_reasons(q)
     held = power_of_two(q.shape[2]) * power_of_two(q.shape[3], 16)
     if held > LARGEST:
         reasons.append(f"{q.shape[2]} heads of {q.shape[3]} take {held} numbers a program, more than {LARGEST}")

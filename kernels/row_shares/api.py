@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, takes_triton
 
 from .op import keys_op, units_op
-
-Backend = Literal["triton", "reference"]
 
 
 def unit_shares(
@@ -71,20 +67,13 @@ def key_shares(logits: Tensor, scale: float, bias: Tensor | None = None, *, back
 
 
 def _uses_triton(logits: Tensor, backend: Backend | None) -> bool:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(logits) else "reference")
-    if wanted == "reference":
-        return False
-    try:
-        from .triton import runs_on
+    return takes_triton(backend, "sum {}", _triton_reasons, logits) and logits.numel() > 0
 
-        reasons = runs_on(logits.device)
-    except ImportError as error:
-        reasons = [f"triton cannot be imported ({error})"]
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot sum {list(logits.shape)}: {'; '.join(reasons)}")
-    return not reasons and logits.numel() > 0
+
+def _triton_reasons(logits: Tensor) -> list[str]:
+    from . import triton
+
+    return triton.runs_on(logits.device)
 
 
 def _check(logits: Tensor, scale: float, bias: Tensor | None) -> None:

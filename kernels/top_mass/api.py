@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.budget.api import Backend, check_map, uses_triton
+from dit_accel.kernels.budget.api import check_map, uses_triton
+from dit_accel.kernels.choice import Backend
 
 from .op import mass_op
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, head_reasons, takes_triton
 
 from .op import error_op
-
-Backend = Literal["triton", "reference"]
 
 
 def unit_error(
@@ -55,36 +51,17 @@ def unit_error(
     _check(queries, k, v, slots, bounds, block, means_v)
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a number above 0")
-    if _uses_triton(k, queries, bounds, backend):
+    if takes_triton(backend, "attend k {}", _triton_reasons, k) and queries.numel() > 0 and bounds.shape[2] > 1:
         from .triton import lengths
     else:
         from .reference import lengths
     return lengths(queries, k, v, slots, bounds, block, means_v, scale)
 
 
-def _uses_triton(k: Tensor, queries: Tensor, bounds: Tensor, backend: Backend | None) -> bool:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(k) else "reference")
-    if wanted == "reference":
-        return False
-    reasons = _unsupported_reasons(k)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot attend k {list(k.shape)}: {'; '.join(reasons)}")
-    return not reasons and queries.numel() > 0 and bounds.shape[2] > 1
+def _triton_reasons(k: Tensor) -> list[str]:
+    from . import triton
 
-
-def _unsupported_reasons(k: Tensor) -> list[str]:
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(k.device, k.dtype)
-    if k.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {k.dtype} is not fp16, bf16 or fp32")
-    if not 16 <= k.shape[3] <= 256:
-        reasons.append(f"head dim {k.shape[3]} is not within 16..256")
-    return reasons
+    return triton.runs_on(k.device, k.dtype) + head_reasons(k)
 
 
 def _check(queries: Tensor, k: Tensor, v: Tensor, slots: Tensor, bounds: Tensor, block: int, means_v: Tensor) -> None:

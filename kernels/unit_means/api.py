@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.choice import wants_triton
+from dit_accel.kernels.choice import Backend, dtype_reasons, takes_triton, why_not_triton
 
-Backend = Literal["triton", "reference"]
 Form = Literal["plain", "direction", "apart"]
 
 
@@ -88,13 +87,7 @@ def unit_means_of_two(
 
 
 def _uses_triton(x: Tensor, slots: Tensor, backend: Backend | None) -> bool:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend is {backend!r}; known are 'triton', 'reference' and None (automatic)")
-    wanted = backend or ("triton" if wants_triton(x) else "reference")
-    reasons = unsupported_reasons(wanted, x)
-    if backend is not None and reasons:
-        raise RuntimeError(f"backend {backend!r} cannot average x {list(x.shape)}: {'; '.join(reasons)}")
-    return wanted == "triton" and not reasons and x.numel() > 0 and slots.numel() > 0
+    return takes_triton(backend, "average x {}", triton_reasons, x) and x.numel() > 0 and slots.numel() > 0
 
 
 def _check_form(x: Tensor, slots: Tensor, bounds: int | Tensor, centre: Tensor | None, form: str) -> None:
@@ -114,15 +107,14 @@ def _check_form(x: Tensor, slots: Tensor, bounds: int | Tensor, centre: Tensor |
 
 def unsupported_reasons(backend: Backend, x: Tensor) -> list[str]:
     """Why a back end cannot take such a tensor; an empty list when it can."""
-    if backend == "reference":
-        return []
-    try:
-        from .triton import runs_on
-    except ImportError as error:
-        return [f"triton cannot be imported ({error})"]
-    reasons = runs_on(x.device)
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {x.dtype} is not fp16, bf16 or fp32")
+    return [] if backend == "reference" else why_not_triton(triton_reasons, x)
+
+
+def triton_reasons(x: Tensor) -> list[str]:
+    """Why the Triton kernel cannot take such a tensor; an empty list when it can."""
+    from . import triton
+
+    reasons = triton.runs_on(x.device) + dtype_reasons(x)
     if x.shape[3] > 256:
         reasons.append(f"head dim {x.shape[3]} is above 256")
     return reasons
