@@ -34,6 +34,8 @@ def evaluate(
     dense_layers: Annotated[int, typer.Option(help="First layers dense, for every recipe alike.")] = 0,
     rivals: Annotated[bool, typer.Option(help="Also fewer steps and diffusers' caches.")] = True,
     floors: Annotated[bool, typer.Option(help="Also the noise floors.")] = True,
+    share: Annotated[str, typer.Option(help="Run this share of the candidates only, as 3/16; see join.")] = "1/1",
+    looked: Annotated[int, typer.Option(min=0, help="First prompts in whose runs attention is looked into.")] = 1,
     steps: options.Steps = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -56,6 +58,7 @@ def evaluate(
     from dit_accel.pipelines.settings import Settings
 
     from .job import EvalJob
+    from .shares import Share
 
     asked = {
         "steps": steps,
@@ -84,12 +87,32 @@ def evaluate(
         profiles=profile or [],
         dtype=dtype,
         device=device,
+        share=Share.parse(share),
+        looked=looked,
     )
     summary = job.rebuild(report, markdown) if report is not None else job.run(markdown)
     if as_json:
         print_json({"report": str(output), **summary.to_dict()})
     screen(stderr=as_json).print(summary.table())
     print(f"{output}: {len(summary.rows)} rows from {summary.path}", file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
+def join(
+    rows: Annotated[list[Path], typer.Argument(help="Rows that the shares of one eval wrote, .jsonl or .jsonl.xz.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="One .jsonl file, or packed .jsonl.xz.")],
+    force: options.Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put the rows of an eval's shares together, and their pictures."""
+    from .shares import join as put
+
+    found = put(rows, output, force)
+    failed = sum(row.error is not None for row in found)
+    if as_json:
+        print_json({"output": str(output), "rows": len(found), "failed": failed})
+    print(f"{output}: {len(found)} rows, {failed} of them failures", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()

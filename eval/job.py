@@ -26,6 +26,7 @@ from dit_accel.pipelines.settings import Settings, model_defaults
 from .candidates import ALL, Cached, Candidate, calibrated_candidates, fewer_steps, floors, sparse_candidates
 from .report import Summary, write_report
 from .rivals import caches, mag_ratios
+from .shares import WHOLE, Share
 from .store import Setup, Store
 from .study import Notify, Study, device_name
 
@@ -56,6 +57,8 @@ class EvalJob:
     profiles: Sequence[Path] = ()
     dtype: str | None = None
     device: str = "auto"
+    share: Share = WHOLE
+    looked: int = 1
 
     @property
     def rows(self) -> Path:
@@ -86,7 +89,8 @@ class EvalJob:
         settings = _with_steps(pipe, prompts[0], settings)
         store = Store(self.rows, self._setup(settings, dtype, device))
         others = self._others(pipe, source, settings, dtype, device, prompts[0])
-        study = Study(pipe, settings, [*sparse, *others], prompts, self.seeds, store)
+        candidates = self.share.of([*sparse, *others])
+        study = Study(pipe, settings, candidates, prompts, self.seeds, store, self.looked)
         with _progress(study.rows) as done:
             study.run(done)
         return self._report(self.rows, markdown)

@@ -126,7 +126,7 @@ class Store:
         self.rows: dict[tuple[str, str, int], Row] = {}
         if path.exists() and path.stat().st_size:
             known, rows = load(path)
-            _refuse_changes(path, known, setup)
+            refuse_changes(path, known, setup, "name another output, or remove it")
             self.rows = {row.key: row for row in rows}
             _drop_half_line(path)
 
@@ -138,11 +138,8 @@ class Store:
     def has(self, candidate: str, definition: Mapping[str, Any], prompt: str, seed: int) -> bool:
         """Say whether a row is there already, one to try again aside; ConfigError where its name stood for others."""
         row = self.rows.get((candidate, prompt, seed))
-        if row is not None and _plain(row.definition) != _plain(definition):
-            changed = _changed(_plain(row.definition), _plain(definition))
-            raise ConfigError(
-                f"{self.path}: {candidate} was measured with other settings ({changed}); name another output."
-            )
+        if row is not None:
+            refuse_definition(self.path, row, definition, "name another output")
         return row is not None and not row.passing
 
     def add(self, row: Row) -> None:
@@ -201,6 +198,20 @@ def media_folder(rows: Path) -> Path:
     return rows.with_name(f"{rows.stem}-media")
 
 
+def refuse_changes(path: Path, known: Setup, asked: Setup, advice: str) -> None:
+    """Raise ConfigError where a file's setup is another one than asked for; notes may differ."""
+    changed = _changed(_plain(known.model_dump(exclude={"notes"})), _plain(asked.model_dump(exclude={"notes"})))
+    if changed:
+        raise ConfigError(f"{path}: holds rows of another study ({changed}); {advice}.")
+
+
+def refuse_definition(path: Path, row: Row, definition: Mapping[str, Any], advice: str) -> None:
+    """Raise ConfigError where a row's name stood for another definition."""
+    changed = _changed(_plain(row.definition), _plain(definition))
+    if changed:
+        raise ConfigError(f"{path}: {row.candidate} was measured with other settings ({changed}); {advice}.")
+
+
 def _parse(kind: Any, line: str, path: Path, number: int) -> Any:
     try:
         return kind.model_validate_json(line)
@@ -210,8 +221,13 @@ def _parse(kind: Any, line: str, path: Path, number: int) -> Any:
         raise ConfigError(f"{path}, line {number}: is no row of a study ({where}: {first['msg'].lower()}).") from None
 
 
+def line_of(line: Line) -> bytes:
+    """Return it as it stands in a file."""
+    return (json.dumps(_short(line.model_dump(mode="json")), allow_nan=False) + "\n").encode()
+
+
 def _append(path: Path, line: Line) -> None:
-    data = (json.dumps(_short(line.model_dump(mode="json")), allow_nan=False) + "\n").encode()
+    data = line_of(line)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.write(file, data) != len(data):
@@ -236,12 +252,6 @@ def _drop_half_line(path: Path) -> None:
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
-
-
-def _refuse_changes(path: Path, known: Setup, asked: Setup) -> None:
-    changed = _changed(_plain(known.model_dump(exclude={"notes"})), _plain(asked.model_dump(exclude={"notes"})))
-    if changed:
-        raise ConfigError(f"{path}: holds rows of another study ({changed}); name another output, or remove it.")
 
 
 def _plain(data: Any) -> Any:

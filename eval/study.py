@@ -26,8 +26,8 @@ Notify = Callable[[str], None]
 class Study:
     """What is run, and where its rows go.
 
-    Each candidate makes one untimed picture or clip before its first timed one in a process; for the first prompt and
-    seed that one is looked into. So no time holds a compilation, a first use or a measurement.
+    Each candidate makes one untimed picture or clip before its first timed one in a process; for the first `looked`
+    prompts and the first seed, one that is looked into. So no time holds a compilation, a first use or a measurement.
     """
 
     pipe: Any
@@ -36,6 +36,7 @@ class Study:
     prompts: Sequence[str]
     seeds: Sequence[int]
     store: Store
+    looked: int = 1
     _warm: set[str] = field(default_factory=set, init=False)
 
     @property
@@ -103,12 +104,12 @@ class Study:
             return " ".join(str(error).split()) or type(error).__name__
 
     def _warm_up(self, candidate: Candidate, course: Course, prompt: str, seed: int) -> tuple[Sample, ...]:
-        first = (prompt, seed) == (self.prompts[0], self.seeds[0])
-        if candidate.name in self._warm and not first:
+        looked = prompt in self.prompts[: self.looked] and seed == self.seeds[0]
+        if candidate.name in self._warm and not looked:
             return ()
         self._warm.add(candidate.name)
         watch = QualityWatch(self.store.setup.dense_steps)
-        if course.handle is not None and first:
+        if course.handle is not None and looked:
             course.handle.watchers = (watch,)
             generate_stock(course.pipe, prompt, settings=course.settings)
         else:
