@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import random
+import shutil
 import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from PIL import Image
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 SIZE = 256
 HELD_OUT_SHARE = 0.08
-EXTRA_CONCEPTS = 350
+EXTRA_CONCEPTS = 800
 EXTRA_GROUPS = (0, 1, 3, 4, 5, 6, 7)  # all but skin tones, signs and flags
 UNNAMED = "<unk>"  # the tokenizers' unknown word
 SHOWN = ("taco",)  # the example of the documentation must be drawn well, so all its styles are trained
@@ -99,15 +100,22 @@ class SvgStyle:
         )
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))))
 
+    def write(self, code: str, file: Path) -> None:
+        cut_out(self.render(code)).save(file, lossless=True, method=6)
+
 
 class WebpStyle:
-    """A package of ready 256 px pictures."""
+    """A package of ready 256 px pictures, which are copied as they are: lossless they would be four times as large."""
 
     def __init__(self, folder: Path) -> None:
         self.names = {plain_code(p.stem): p for p in (folder / "assets").glob("*.webp")}
 
-    def render(self, code: str) -> Image.Image:
-        return Image.open(self.names[code])
+    def write(self, code: str, file: Path) -> None:
+        with Image.open(self.names[code]) as picture:
+            if picture.size == (SIZE, SIZE):
+                shutil.copyfile(self.names[code], file)
+            else:
+                cut_out(picture).save(file, lossless=True, method=6)
 
 
 def choose_held_out(labels: list[str], seed: int = 0) -> dict[int, int]:
@@ -131,7 +139,7 @@ def render_all(records: list[dict], sources: list[SvgStyle | WebpStyle], target:
     for concept, record in enumerate(records):
         for style, source in enumerate(sources):
             name = f"{prefix}{concept:03d}-{style}.webp"
-            cut_out(source.render(plain_code(record["hexcode"]))).save(target / name, lossless=True, method=6)
+            source.write(plain_code(record["hexcode"]), target / name)
             rows.append({"concept": concept, "style": style, "file": name})
     return rows
 

@@ -30,8 +30,8 @@ from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
-EXTRA_SHARE = 0.2  # of the pictures: unnamed ones, from which style is learnt apart from any concept
-SWAP_SHARE = 0.2  # of the noisy pictures: another style's picture of the same thing below the noise
+EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
+SWAP_SHARE = 0.3  # of the noisy pictures: another style's picture of the same thing below the noise
 SWAP_FROM = 0.5  # only at times from here on, where the noise still hides details
 DECAY_SHARE = 0.55
 
@@ -58,7 +58,7 @@ BOTH_SIZES = (Kind(256, 1, 32, (512,), share=0.6), Kind(128, 1, 192, (32, 512), 
 STAGES = {
     "32": Stage((Kind(32, 8, 1024, (32,)),)),
     "64": Stage((Kind(64, 4, 512, (32,)),)),
-    "128": Stage((Kind(128, 2, 192, (32, 512)), Kind(128, 1, 192, (32, 512)))),
+    "128": Stage((Kind(128, 2, 192, (32, 32, 512)), Kind(128, 1, 192, (32, 32, 512)))),
     "256": Stage(BOTH_SIZES),
     "final": Stage(BOTH_SIZES, quantise=True),
     "guided": Stage(BOTH_SIZES, quantise=True, guided=True),

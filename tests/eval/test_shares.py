@@ -12,7 +12,7 @@ from commands import error_of
 from typer.testing import Result
 
 from dit_accel.errors import ConfigError
-from dit_accel.eval.shares import Share
+from dit_accel.eval.shares import Share, join
 from dit_accel.eval.store import Row, load, open_media
 
 Evaluate = Callable[..., Result]
@@ -24,7 +24,7 @@ MORE = (*FEW, "--prompt", "a dog")
 def test_every_candidate_is_in_one_share(count: int) -> None:
     names = list("abcdefg")
     shares = [Share.parse(f"{i}/{count}").of(names) for i in range(1, count + 1)]
-    assert sorted(sum(shares, [])) == names
+    assert sorted(name for share in shares for name in share) == names
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -120,6 +120,4 @@ def test_what_does_not_belong_together_is_refused(evaluate: Evaluate, cli: Evalu
     assert "exists already" in error_of(cli("join", first, second, "-o", other))
     assert not output.exists()
     with pytest.raises(ConfigError, match="at least one file"):
-        from dit_accel.eval.shares import join
-
         join([], output)
