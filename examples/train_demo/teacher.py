@@ -13,13 +13,12 @@ import torch
 from captions import CONCEPT_ONLY, FREE
 from torch import nn
 
-SCALE = 2.5
-
 
 class Teacher:
     """A frozen copy of the averaged weights. It must not learn on: chasing its own guided target made a model worse."""
 
-    def __init__(self, model: nn.Module, averaged: dict[str, torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module, averaged: dict[str, torch.Tensor], scale: float) -> None:
+        self.scale = scale
         self.model: Any = copy.deepcopy(model).requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.data = averaged[name].to(parameter.dtype, copy=True)
@@ -33,4 +32,4 @@ class Teacher:
         full = call(self.model, captions).float()
         without = call(self.model, torch.full_like(captions, CONCEPT_ONLY)).float()
         both = named & ((captions == 0) | (captions >= FREE))
-        return torch.where(both[:, None, None], without + SCALE * (full - without), target)
+        return torch.where(both[:, None, None], without + self.scale * (full - without), target)

@@ -220,13 +220,13 @@ class Clock:
 
 
 def run_stage(
-    name: str, seconds: float, model: Model, data: Data, optimizer: Optimizer, clock: Clock, group: Group
+    name: str, seconds: float, model: Model, data: Data, optimizer: Optimizer, clock: Clock, group: Group, scale: float
 ) -> None:
     stage = STAGES[name]
     ids = {k: image_ids(k.pixels, k.stride, group.device) for k in stage.kinds}
     order = random.Random(name)  # the same on every process, so that all draw the same kind
     start, elapsed, since, pictures, losses = time.time(), 0.0, time.time(), 0, []
-    teacher = Teacher(model, optimizer.averaged()) if stage.guided else None
+    teacher = Teacher(model, optimizer.averaged(), scale) if stage.guided else None
     optimizer.refresh(stage.quantise)
     for step in range(10**9):
         if step % 10 == 0:
@@ -298,6 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae-batch", type=int, default=64)
     parser.add_argument("--batch", type=int, help="override every batch size")
     parser.add_argument("--clip-reads", choices=OTHER, default="style", help="its part of a caption; T5 reads the rest")
+    parser.add_argument("--style-guidance", type=float, default=2.5, help="what stage guided builds in")
     parser.add_argument("--shape", choices=SHAPES, default="full")
     parser.add_argument("--pictures", type=int, help="train on the first few pairs only")
     return parser.parse_args()
@@ -345,7 +346,7 @@ def main() -> None:
         )
     clock = Clock(args.total, args.before)
     for name, seconds in zip(names, map(float, args.seconds.split(",")), strict=False):
-        run_stage(name, seconds, model, data, optimizer, clock, group)
+        run_stage(name, seconds, model, data, optimizer, clock, group, args.style_guidance)
         if group.main:
             torch.save(optimizer.state(), checkpoint)
             save_weights(optimizer.averaged(), args.work)
