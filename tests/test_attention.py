@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from test_profile import SMALL, profile_of
 
 import dit_accel
 from dit_accel.errors import ConfigError
@@ -70,3 +72,40 @@ def test_bad_calls_are_named(change: dict[str, Any], message: str) -> None:
     dit_accel.attention(**good)
     with pytest.raises(ConfigError, match=message):
         dit_accel.attention(**{**good, **change})
+
+
+OFFLINE = {  # recipes whose papers settle something offline, and what stands in for it
+    "paro": "orders online",
+    "sparse-vdit": "patterns online",
+    "moa": "spans online",
+    "duo": "measured online",
+    "sta": "one window",
+    "svoo": "one floor",
+}
+CALIBRATED = {"svoo": (0.2, 0.3)}  # a floor for each head; all others a pattern for each
+
+
+@pytest.mark.parametrize("name", dit_accel.recipes())
+def test_what_stands_in_for_a_calibration_is_named_in_the_plan(name: str) -> None:
+    _, plan = dit_accel.attention(*qkv(), layout=LAYOUT, recipe=name, return_plan=True)
+    assert plan.note.count("not calibrated: ") == (name in OFFLINE), plan.note
+    assert OFFLINE.get(name, "") in plan.note
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_hosts_name_it_unless_a_profile_speaks(name: str) -> None:
+    pipe, call = tiny.flux()
+    settings = {**SMALL, "dense_layers": 0}
+    said = []
+    for profile in (None, profile_of(name, CALIBRATED.get(name, (0, 1)), **settings)):
+        with dit_accel.accelerate(pipe, name, profile=profile, **settings) as handle:
+            plans: list[str] = []
+            handle.watchers = (lambda call, plan, out, plans=plans: plans.append(plan.note),)
+            tiny.generate(pipe, call)
+            said.append([plans, list(handle.report().notes)])
+    (without, noted), (with_profile, unnoted) = said
+    assert without
+    assert all(note.count("not calibrated: ") == 1 for note in without)
+    assert sum("not calibrated: " in note for note in noted) == 1
+    assert with_profile
+    assert not any("not calibrated" in note for note in [*with_profile, *unnoted])

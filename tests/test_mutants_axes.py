@@ -347,6 +347,6 @@ def _forget() -> None:
     from dit_accel.config import recipe
 
     shapes.unit_mask.cache_clear()
-    expected.floor_note.cache_clear()
+    expected.plan_note.cache_clear()
     decide._by_place.cache_clear()
     recipe._at.cache_clear()

@@ -150,6 +150,7 @@ RECIPES = {
     "budget": {"recipe": "draft", "density": 0.5},
     "places": {"recipe": "radial", "dense_layers": 1},
     "preset": {"recipe": "quality"},
+    "not calibrated": {"recipe": "sta"},
     "kept": {"recipe": "fast", "density": 0.4},
     "full steps between": {"recipe": "rettention", "every": 2},
     "by layer": {
@@ -177,7 +178,8 @@ def test_the_plan_says_what_the_engine_then_does(name: str, kind: str) -> None:
         assert said[key][1] == pytest.approx(density, rel=1e-6 if exact else rough), key
     assert plan.density == pytest.approx(report.overall_density, rel=1e-6 if exact else rough)
     assert plan.layout == report.layout
-    assert set(plan.notes) >= {note for note in report.notes if note.startswith("asked")}
+    assert set(plan.notes) >= {note for note in report.notes if note.startswith(("asked", "not calibrated"))}
+    assert any("not calibrated" in note for note in report.notes) == (kind == "not calibrated")
     assert plan.untouched == report.untouched
     assert report.state_bytes <= plan.memory.state + plan.memory.text
 

@@ -18,7 +18,7 @@ from ..hosts import Family, LayoutUnknownError
 from ..kernels.choice import prefer
 from ..layout import TokenLayout
 from ..sparsity.correct import MEASURES
-from ..sparsity.expected import budget_density, floor_note
+from ..sparsity.expected import budget_density, plan_note
 from ..sparsity.plan import Plan
 from ..sparsity.planner import Planner
 from ..step import StepInfo, StepTracker
@@ -203,9 +203,9 @@ def plan_bytes(recipe: Recipe, layout: TokenLayout, heads: int) -> int:
 
 
 def notes(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
-    """Return what the engine's report will note of a sparse call's density, '' where nothing."""
+    """Return what the engine's report will note of a sparse call, '' where nothing."""
     if recipe.content_driven:
-        return floor_note(recipe, layout, heads)
+        return plan_note(recipe, layout, heads)
     return _by_place(recipe, layout, heads).note
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..config import AgentSelect, ImportanceOrder, KMeansOrder, Recipe
 from ..layout import TokenLayout
-from . import content, shapes
+from . import content, papers, shapes
 from .decide import grid_share, keep_mask, option, tiling_for
 
 
@@ -34,7 +34,6 @@ def budget_density(recipe: Recipe, layout: TokenLayout) -> float | None:
     return sizes[0] if alike else None  # else it is for each head to take one size or another
 
 
-@lru_cache(maxsize=256)
 def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     """Say in plain words when the asked density cannot be met on this layout by so many heads, else ''."""
     asked = recipe.density
@@ -68,6 +67,24 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     if abs(met / asked - 1) > 0.2:
         return f"asked density {asked:g}: the patterns of {recipe.name!r} take {_listed(sizes)} on this grid"
     return ""
+
+
+def calibration_note(recipe: Recipe) -> str:
+    """Say what stands in for what the recipe's paper settles offline, '' where a profile has settled it."""
+    settled = (recipe.heads is not None and recipe.heads.given) or isinstance(getattr(recipe.select, "least", 0), tuple)
+    default = next((papers.WITHOUT_PROFILE[paper] for paper in recipe.sources if paper in papers.WITHOUT_PROFILE), "")
+    return f"not calibrated: {default}" if default and not settled else ""
+
+
+@lru_cache(maxsize=256)
+def plan_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
+    """Say all that is to be said of a plan by content before it is made, '' where nothing."""
+    return joined(floor_note(recipe, layout, heads), calibration_note(recipe))
+
+
+def joined(*notes: str) -> str:
+    """Return the notes that say something as one."""
+    return "; ".join(note for note in notes if note)
 
 
 def _listed(sizes: list[float]) -> str:

@@ -34,3 +34,13 @@ FLEXPREFILL = "FlexPrefill, Lai et al. 2025, arXiv 2502.20766"
 HIP = "InfiniteHiP, Lee et al. 2025, arXiv 2502.08910"
 SALE = "SALE, Ji et al. 2025, arXiv 2505.24179"
 AGENT = "Agent Attention, Han et al. 2023, arXiv 2312.08874"
+
+# What these papers settle offline, and what holds here instead without a profile.
+WITHOUT_PROFILE = {
+    STA: "all heads share one window",
+    VDIT: "heads choose among patterns online",
+    PARO: "heads choose among orders online",
+    DUO: "which heads see everything is measured online",
+    MOA: "heads choose among spans online, layer by layer",
+    SVOO: "all heads share one floor",
+}

@@ -19,7 +19,7 @@ from .cut import Cut
 from .decide import Decision, decide, grid_share, tiling_for
 from .drift import Probe, look
 from .exact import exact_plan
-from .expected import floor_note
+from .expected import calibration_note, floor_note, joined, plan_note
 from .inputs import Inputs, Warm
 from .plan import PackedPlan, Plan, from_units
 from .profiled import Profiled
@@ -158,7 +158,7 @@ class Planner:
             return self._corrected(recipe, call, kept.plan.expand(), kept.plan.cut.at_rest(), lambda: bits)
         inputs = _inputs(call, kept.warm if kept else None)
         decision = decide(recipe, inputs)
-        note = floor_note(recipe, call.layout, call.q.shape[2])
+        note = plan_note(recipe, call.layout, call.q.shape[2])
         if recipe.stateful and call.step.index is not None:
             self._keep(recipe, key, call, decision, note)
         plan = replace(from_units(decision.mask, decision.cut, decision.skip_heads), note=note)
@@ -271,7 +271,8 @@ def _fixed(recipe: Recipe, call: AttentionCall) -> _Fixed:
     else:
         mask = decide(recipe, _inputs(call)).mask
         plan = from_units(mask, cut)
-    return _Fixed(replace(plan, note=note or _shape_note(recipe, plan)), cut, mask)
+    note = joined(note or _shape_note(recipe, plan), calibration_note(recipe))
+    return _Fixed(replace(plan, note=note), cut, mask)
 
 
 def _shape_note(recipe: Recipe, plan: Plan) -> str:
