@@ -16,7 +16,9 @@ class StepInfo:
     """Where in the denoising loop one transformer call stands.
 
     `index` counts from 0 and is None when it could not be had, with the `reason`. `branch` is "0", "1", ... for the
-    calls within one step, or the name the pipeline gives them ("cond", "uncond").
+    calls within one step, or the name the pipeline gives them ("cond", "uncond"). `sigma` is the noise level in the
+    units of the model's own schedulers: the share of noise for flow models (from 1 to 0), noise over signal for others
+    (infinite where a run begins with noise alone); None in a loop of the user's own.
     """
 
     run: int
@@ -37,6 +39,7 @@ class StepTracker:
     def __init__(self, pipe: Any | None) -> None:
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self._timesteps: weakref.ref[torch.Tensor] | None = None
+        self._sigmas: list[float] = []
         self._manual: tuple[int, int, str | None] | None = None
         self._calls: dict[int, int] = {}
         self._index: int | None = None
@@ -69,6 +72,7 @@ class StepTracker:
             return StepInfo(self.run, None, None, self._count(model), reason=reason)
         if self._timesteps is None or self._timesteps() is not timesteps:
             self._timesteps = weakref.ref(timesteps)
+            self._sigmas = _sigmas(scheduler, timesteps)
             self.run += 1
             self._index = None
             self._calls.clear()
@@ -79,7 +83,8 @@ class StepTracker:
             self._index = index
             self._calls.clear()
         branch = self._count(model)
-        return StepInfo(self.run, index, len(timesteps) - begin, self._context or branch, _sigma(scheduler, raw))
+        sigma = self._sigmas[raw] if raw < len(self._sigmas) else None
+        return StepInfo(self.run, index, len(timesteps) - begin, self._context or branch, sigma)
 
     def _count(self, model: torch.nn.Module) -> str:
         nth = self._calls.get(id(model), 0)
@@ -97,8 +102,13 @@ class StepTracker:
         return int((timesteps.to(torch.float64) - value).abs().argmin())
 
 
-def _sigma(scheduler: Any, index: int) -> float | None:
+def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
+    """Return the noise level at each step, read once a run; schedulers without one (DDIM) know the share of signal."""
     sigmas = getattr(scheduler, "sigmas", None)
-    if not isinstance(sigmas, torch.Tensor) or sigmas.device.type != "cpu" or index >= len(sigmas):
-        return None  # reading a device tensor would stall the GPU for a figure nobody needs on the hot path
-    return float(sigmas[index])
+    if isinstance(sigmas, torch.Tensor):
+        return sigmas.tolist()
+    signal = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(signal, torch.Tensor):
+        return []
+    signal = signal.to("cpu", torch.float64)[timesteps.to("cpu", torch.int64)]
+    return ((1 - signal) / signal).sqrt().tolist()

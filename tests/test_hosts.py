@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -47,6 +48,15 @@ def batched(call: dict[str, Any], n: int) -> dict[str, Any]:
     return {**call, **{key: [call[key]] * n for key in ("prompt", "negative_prompt") if key in call}}
 
 
+def guided(name: str, call: dict[str, Any], on: bool) -> dict[str, Any]:
+    """Ask for two branches, or for one."""
+    if name == "qwen_image":
+        return {**call, "true_cfg_scale": 2.0 if on else 1.0}
+    if name in ("flux", "kontext"):
+        return {**call, "negative_prompt": "a dog", "true_cfg_scale": 2.0} if on else call
+    return {**call, "guidance_scale": 3.0 if on else 1.0}
+
+
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_layout_is_read_from_the_call(name: str) -> None:
     pipe, call = tiny.FAMILIES[name]()
@@ -72,13 +82,7 @@ def test_sparse_runs_differ_and_are_counted(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_density_one_is_stock_bit_for_bit(name: str, guidance: bool) -> None:
     pipe, call = tiny.FAMILIES[name]()
-    call = batched(call, 3)
-    if name == "qwen_image":
-        call["true_cfg_scale"] = 2.0 if guidance else 1.0
-    elif name in ("flux", "kontext") and guidance:
-        call |= {"negative_prompt": ["a dog"] * 3, "true_cfg_scale": 2.0}
-    else:
-        call["guidance_scale"] = 3.0 if guidance else 1.0
+    call = batched(guided(name, call, guidance), 3)
     stock = tiny.generate(pipe, call)
     with dit_accel.accelerate(pipe, SPARSE, density=1):
         assert torch.equal(tiny.generate(pipe, call), stock)
@@ -108,11 +112,11 @@ def test_batch_item_equals_itself_alone(name: str) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_step_sigma_and_branch_are_known_at_every_call(name: str) -> None:
+def test_step_sigma_and_branch_are_known_at_every_call(name: str, guidance: bool) -> None:
     pipe, call = tiny.FAMILIES[name]()
-    if name in ("flux", "kontext"):
-        call |= {"negative_prompt": "a dog", "true_cfg_scale": 2.0}
+    call = guided(name, call, guidance)
     seen: list[AttentionCall] = []
 
     def watch(attention: AttentionCall) -> AttentionCall:
@@ -124,23 +128,18 @@ def test_step_sigma_and_branch_are_known_at_every_call(name: str) -> None:
         tiny.generate(pipe, call, steps=3)
         first = len(seen)
         tiny.generate(pipe, call, steps=2)
-    assert [
-        s for i, a in enumerate(seen[:first]) if (s := a.step.index) != (seen[i - 1].step.index if i else None)
-    ] == [
-        0,
-        1,
-        2,
-    ]
-    assert {a.step.total for a in seen[:first]} == {3}
-    assert {a.step.total for a in seen[first:]} == {2}
-    assert seen[first].step.run == seen[0].step.run + 1
-    branches = {a.step.branch for a in seen}
-    sequential = name not in BATCHED_GUIDANCE and name != "hunyuan_video"
-    assert len(branches) == (2 if sequential else 1), branches
-    if name not in ("cogvideox", "cogvideox_rotary", "pixart"):  # DDIM has no sigmas
-        sigmas = [a.step.sigma for a in seen[:first]]
-        assert None not in sigmas
-        assert sigmas == sorted(sigmas, reverse=True)  # type: ignore[type-var]
+    sequential = guidance and name not in BATCHED_GUIDANCE and name != "hunyuan_video"
+    for run, steps in ((seen[:first], 3), (seen[first:], 2)):
+        assert [index for index, _ in itertools.groupby(a.step.index for a in run)] == list(range(steps))
+        assert {a.step.total for a in run} == {steps}
+        assert {a.step.run for a in run} == {1 if steps == 3 else 2}
+        for index in range(steps):
+            branches = {a.step.branch for a in run if a.step.index == index}
+            assert len(branches) == (2 if sequential else 1), branches
+        levels = [sigma for sigma, _ in itertools.groupby(a.step.sigma for a in run)]
+        assert len(levels) == steps
+        assert None not in levels
+        assert levels == sorted(levels, reverse=True)  # type: ignore[type-var]
 
 
 def test_sites_are_the_self_attentions_only() -> None:

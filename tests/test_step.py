@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -60,6 +62,34 @@ def test_every_scheduler(cls: Any) -> None:
     assert tracker.run == 2
 
 
+def noise_level(scheduler: Any, t: torch.Tensor) -> float:
+    """Ask the scheduler itself how it mixes a picture of ones with noise of ones, each without the other."""
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    if hasattr(scheduler, "scale_noise"):  # flow: the share of noise
+        return float(scheduler.scale_noise(zero, t[None], one))
+    return float(scheduler.add_noise(zero, one, t[None]) / scheduler.add_noise(one, zero, t[None]))
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, CogVideoXDDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler])
+def test_sigma_is_the_noise_that_the_scheduler_adds(cls: Any) -> None:
+    pipe = Pipe(scheduler=cls())
+    tracker = StepTracker(pipe)
+    for steps in (4, 6):
+        pipe.scheduler.set_timesteps(steps)
+        seen = [step.sigma for step in loop(pipe, tracker)]
+        assert seen == pytest.approx([noise_level(pipe.scheduler, t) for t in pipe.scheduler.timesteps], rel=1e-4)
+        assert seen == sorted(seen, reverse=True)
+
+
+def test_sigma_is_what_euler_calls_it_on_the_same_model() -> None:
+    tracked = []
+    for cls in (DDIMScheduler, EulerDiscreteScheduler):
+        pipe = Pipe(scheduler=cls(timestep_spacing="trailing"))
+        pipe.scheduler.set_timesteps(5)
+        tracked.append([step.sigma for step in loop(pipe, StepTracker(pipe))])
+    assert tracked[0] == pytest.approx(tracked[1], rel=1e-4)
+
+
 def test_a_run_that_begins_in_the_middle() -> None:
     """Image-to-image sets a begin index; its first step is step 0 of fewer."""
     pipe = Pipe(scheduler=FlowMatchEulerDiscreteScheduler())
@@ -69,6 +99,7 @@ def test_a_run_that_begins_in_the_middle() -> None:
     seen = loop(pipe, tracker, begin=3)
     assert [s.index for s in seen] == list(range(5))
     assert {s.total for s in seen} == {5}
+    assert [s.sigma for s in seen] == pipe.scheduler.sigmas[3:8].tolist()
 
 
 @pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda c: c.__name__)
