@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import enum
 import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 
 import dit_accel
+from dit_accel import attend
+from dit_accel.call import AttentionCall
 from dit_accel.errors import AlreadyAcceleratedError, NonFiniteError, UnsupportedError
 
 OPTIONS = {
@@ -24,28 +29,125 @@ OPTIONS = {
 }
 
 
+PLAIN = (type(None), bool, int, float, str, bytes, type, enum.Enum, torch.dtype, torch.device)
+
+
+class Same:
+    """An object that equals itself alone."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.it is other.it
+
+    def __repr__(self) -> str:
+        return f"<{type(self.it).__name__} at {id(self.it):#x}>"
+
+
+def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what containers hold, with the way there; hooks by their place, because their keys count all hooks made."""
+    if isinstance(value, Mapping):
+        named = enumerate(value.values()) if "hooks" in path else value.items()
+    elif isinstance(value, list | tuple):
+        named = enumerate(value)
+    else:
+        yield path, value
+        return
+    yield f"{path}: {type(value).__name__}", len(value)
+    for name, inner in named:
+        yield from leaves(f"{path}.{name}", inner)
+
+
+def attributes(pipe: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all attributes of a pipeline, of its transformers' modules and of their processors."""
+    yield from leaves("pipe", vars(pipe))
+    for number in ("transformer", "transformer_2"):
+        if (model := getattr(pipe, number, None)) is None:
+            continue
+        for name, module in model.named_modules(prefix=number):
+            yield f"{name} in order", " ".join(vars(module))
+            yield from leaves(name, vars(module))
+            if (processor := getattr(module, "processor", None)) is not None:
+                yield f"{name}.processor", processor
+                yield from leaves(f"{name}.processor", vars(processor))
+
+
 def snapshot(pipe: Any) -> dict[str, Any]:
-    """Describe everything about a pipeline's transformers that an accelerator could leave behind."""
-    state: dict[str, Any] = {}
-    transformers = [pipe.transformer, getattr(pipe, "transformer_2", None)]
-    named = [m.named_modules(prefix=str(i)) for i, m in enumerate(transformers) if m is not None]
-    for name, module in itertools.chain(*named):
-        attributes = vars(module)
-        state[name] = (
-            type(module),
-            list(attributes),
-            [len(attributes[key]) for key in attributes if "hooks" in key],
-            "forward" in attributes,
-            "cache_context" in attributes,
-        )
-        processor = getattr(module, "processor", None)
-        if processor is not None:
-            state[name] += (type(processor), type(processor).__call__, list(vars(processor)))
-    return state
+    """Describe everything that an accelerator could leave behind, so that it equals an untouched twin's."""
+    return {path: described(value) for path, value in attributes(pipe)}
+
+
+def described(value: Any) -> Any:
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        return type(value), value.shape, value.dtype, value.requires_grad
+    return type(value), getattr(value, "__qualname__", "")
+
+
+def objects(pipe: Any) -> dict[str, Same]:
+    """Name every object that a pipeline, its modules, processors and hooks consist of, to be compared by identity."""
+    return {path: Same(value) for path, value in attributes(pipe) if not isinstance(value, PLAIN)}
+
+
+def run_once(pipe: Any, call: dict[str, Any]) -> Any:
+    """Return the pipeline after a run: stock makes a registry of hooks at its first."""
+    tiny.generate(pipe, call, steps=1)
+    return pipe
 
 
 def accelerated(pipe: Any, **changes: Any) -> dit_accel.Acceleration:
     return dit_accel.accelerate(pipe, "draft", **{**OPTIONS, **changes})
+
+
+def leave_hook(pipe: Any) -> None:
+    pipe.transformer.register_forward_pre_hook(lambda *_: None)
+
+
+def replace_hook(pipe: Any) -> None:
+    hooks = pipe.transformer._forward_hooks
+    hooks[next(iter(hooks))] = lambda *_: None
+
+
+def wrap_method(pipe: Any) -> None:
+    pipe.transformer.cache_context = pipe.transformer.cache_context
+
+
+def leave_attribute(pipe: Any) -> None:
+    pipe._dit_accel = None
+
+
+def change_value(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[0].attn.heads += 1
+
+
+def change_processor(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[0].attn.processor._attention_backend = "flash"
+
+
+def swap_processor(pipe: Any) -> None:
+    attn = pipe.transformer.transformer_blocks[0].attn
+    attn.processor = type(attn.processor)()
+
+
+def swap_weight(pipe: Any) -> None:
+    attn = pipe.transformer.transformer_blocks[0].attn
+    attn.to_q.weight = torch.nn.Parameter(attn.to_q.weight.detach().clone())
+
+
+BY_VALUE = [leave_hook, wrap_method, leave_attribute, change_value, change_processor]
+BY_IDENTITY = [leave_hook, replace_hook, wrap_method, swap_processor, swap_weight]
+
+
+@pytest.mark.parametrize(("fault", "look"), [(f, snapshot) for f in BY_VALUE] + [(f, objects) for f in BY_IDENTITY])
+def test_what_is_left_behind_is_seen(fault: Any, look: Any) -> None:
+    pipe, _ = tiny.flux()
+    pipe.transformer.register_forward_hook(lambda *_: None)  # one of the user's own
+    before = look(pipe)
+    assert look(pipe) == before
+    fault(pipe)
+    assert look(pipe) != before
 
 
 def three() -> list[tuple[Any, dict[str, Any]]]:
@@ -63,6 +165,7 @@ def test_three_pipelines_restored_in_every_order(order: tuple[int, ...], make: A
     for pipe, call in twins:
         tiny.generate(pipe, call)
     stock = [tiny.generate(pipe, call) for pipe, call in twins]
+    before = [objects(run_once(pipe, call)) for pipe, call in pipes]
     handles = [accelerated(pipe) for pipe, _ in pipes]
     for (pipe, call), expected, handle in zip(pipes, stock, handles, strict=True):
         assert not torch.equal(tiny.generate(pipe, call), expected)
@@ -75,12 +178,14 @@ def test_three_pipelines_restored_in_every_order(order: tuple[int, ...], make: A
         pipe, call = pipes[i]
         assert torch.equal(tiny.generate(pipe, call), stock[i])
         assert snapshot(pipe) == snapshot(twins[i][0])
+        assert objects(pipe) == before[i]
 
 
 def test_nested_contexts() -> None:
     (a, call_a), (b, call_b) = tiny.flux(0), tiny.wan()
     twin_a, twin_b = tiny.flux(0)[0], tiny.wan()[0]
     stock_a, stock_b = tiny.generate(twin_a, call_a), tiny.generate(twin_b, call_b)
+    before_a, before_b = objects(run_once(a, call_a)), objects(run_once(b, call_b))
     with accelerated(a):
         with accelerated(b):
             assert not torch.equal(tiny.generate(a, call_a), stock_a)
@@ -90,6 +195,7 @@ def test_nested_contexts() -> None:
     assert torch.equal(tiny.generate(a, call_a), stock_a)
     assert snapshot(a) == snapshot(twin_a)
     assert snapshot(b) == snapshot(twin_b)
+    assert (objects(a), objects(b)) == (before_a, before_b)
 
 
 def test_restore_twice_is_harmless() -> None:
@@ -146,21 +252,59 @@ def test_after_an_exception_inside_step_two(make: Any) -> None:
     assert snapshot(pipe) == snapshot(twin)
 
 
-def test_after_an_exception_inside_an_attention_call() -> None:
-    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
+def stage_that_raises(handle: dit_accel.Acceleration, index: int, _: pytest.MonkeyPatch) -> None:
+    def explode(call: AttentionCall) -> AttentionCall:
+        if call.step.index == index and call.site.index == 1:
+            raise CancelledError
+        return call
+
+    handle.stages = (explode,)
+
+
+def kernel_that_raises(handle: dit_accel.Acceleration, index: int, patch: pytest.MonkeyPatch) -> None:
+    now: list[AttentionCall] = []
+
+    def see(call: AttentionCall) -> AttentionCall:
+        now[:] = [call]
+        return call
+
+    def explode(*given: Any) -> torch.Tensor:
+        if now[0].step.index == index and now[0].site.index == 1:
+            raise CancelledError
+        return run(*given)
+
+    run = attend.run
+    handle.stages = (see,)
+    patch.setattr(attend, "run", explode)
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("place", [stage_that_raises, kernel_that_raises])
+def test_after_an_exception_inside_an_attention_call(
+    place: Any, index: int, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second site raises at the first or the second step, when there is a plan of the step before to go on from."""
+    (pipe, call), (twin, _), (fresh, _) = make(), make(), make()
     stock = tiny.generate(twin, call)
-
-    def explode(_: Any) -> Any:
-        raise CancelledError
-
-    with accelerated(pipe) as handle:
-        handle.stages = (explode,)
+    with accelerated(fresh, every=2):
+        expected = tiny.generate(fresh, call)
+    before = objects(run_once(pipe, call))
+    handle = accelerated(pipe, every=2)
+    with monkeypatch.context() as patch:
+        place(handle, index, patch)
+        with pytest.raises(CancelledError):
+            tiny.generate(pipe, call, seed=9)
+    handle.stages = ()
+    assert torch.equal(tiny.generate(pipe, call), expected), "state of the failed run leaked"
+    with monkeypatch.context() as patch:
+        place(handle, index, patch)
         with pytest.raises(CancelledError):
             tiny.generate(pipe, call)
-        handle.stages = ()
-        tiny.generate(pipe, call)
+    handle.restore()
     assert torch.equal(tiny.generate(pipe, call), stock)
     assert snapshot(pipe) == snapshot(twin)
+    assert objects(pipe) == before
 
 
 @pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
@@ -174,18 +318,24 @@ def test_after_pipe_to(make: Any) -> None:
     assert snapshot(pipe) == snapshot(twin)
 
 
-def test_scheduler_swapped_meanwhile_is_followed_and_kept() -> None:
-    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+def test_scheduler_swapped_meanwhile_is_followed_and_kept(make: Any) -> None:
+    (pipe, call), (twin, _) = make(), make()
     config = dict(pipe.scheduler.config)
+    before = objects(run_once(pipe, call))
     with accelerated(pipe, dense_steps=0.5) as handle:
         tiny.generate(pipe, call, steps=4)
         for target in (pipe, twin):
             target.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=4.0)
+        mine = pipe.scheduler
+        assert mine is not before["pipe.scheduler"].it
         tiny.generate(pipe, call, steps=6)
         report = handle.report()
         assert report.steps == 6
         assert {row.steps for row in report.rows} == {"0-2", "3-5"}
     assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
+    assert snapshot(pipe) == snapshot(twin)
+    assert objects(pipe) == {**before, "pipe.scheduler": Same(mine)}
 
 
 def test_scheduler_of_two_calls_a_step() -> None:
@@ -197,19 +347,39 @@ def test_scheduler_of_two_calls_a_step() -> None:
         assert handle.report().steps == 5
 
 
-def test_attention_backend_swapped_meanwhile_is_used_and_kept() -> None:
-    (pipe, call), (twin, _) = tiny.flux(), tiny.flux()
-    with accelerated(pipe) as handle:
-        for target in (pipe, twin):
-            for module in target.transformer.modules():
-                if hasattr(module, "processor"):
-                    module.processor._attention_backend = "_native_math"
+@pytest.fixture
+def math_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
+    """Count the calls of diffusers' math backend; the backend that a test sets for the process is taken back."""
+    calls: list[None] = []
+    backend = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(None)
+        return backend(*args, **kwargs)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, counted)
+    with attention_backend("native"):
+        yield calls
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+def test_attention_backend_swapped_meanwhile_is_used_and_kept(make: Any, math_calls: list[None]) -> None:
+    (pipe, call), (twin, _) = make(), make()
+    before = objects(run_once(pipe, call))
+    with accelerated(pipe, dense_steps=0.5) as handle:
         tiny.generate(pipe, call)
+        assert not math_calls
+        for target in (pipe, twin):
+            target.transformer.set_attention_backend("_native_math")
+        tiny.generate(pipe, call)
+        dense = sum(row.calls for row in handle.report().rows if row.kind == "dense")
         assert handle.report().sparse_calls > 0
-    processor = pipe.transformer.transformer_blocks[0].attn.processor
-    assert processor._attention_backend == "_native_math"
+        assert len(math_calls) >= dense > 0  # Wan's cross-attentions are no sites
+    backends = {path: leaf for path, leaf in snapshot(pipe).items() if path.endswith("._attention_backend")}
+    assert set(backends.values()) == {AttentionBackendName._NATIVE_MATH}
     assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
     assert snapshot(pipe) == snapshot(twin)
+    assert objects(pipe) == before
 
 
 def test_processor_replaced_meanwhile_stays_the_users() -> None:
@@ -261,10 +431,13 @@ def test_two_transformers_in_one_run() -> None:
 
 def test_failed_accelerate_changes_nothing() -> None:
     (pipe, _), (twin, _) = tiny.flux(), tiny.flux()
+    before = objects(pipe)
     with pytest.raises(dit_accel.DitAccelError):
         dit_accel.accelerate(pipe, "draft", densty=0.5)
     assert snapshot(pipe) == snapshot(twin)
     dit_accel.accelerate(pipe, "draft", density=0.5).restore()
+    assert snapshot(pipe) == snapshot(twin)
+    assert objects(pipe) == before
 
 
 def test_wrong_objects_are_refused_with_what_they_hold() -> None:
