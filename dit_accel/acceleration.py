@@ -21,7 +21,8 @@ from .sparsity.draw import Cell
 from .sparsity.planner import Planner
 from .step import StepTracker
 
-_LIVE: weakref.WeakKeyDictionary[torch.nn.Module, Acceleration] = weakref.WeakKeyDictionary()
+# A handle holds its transformers, so it is held weakly here and strongly by their attachments: all of them go together.
+_LIVE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Acceleration]] = weakref.WeakKeyDictionary()
 
 
 class Acceleration:
@@ -53,8 +54,8 @@ class Acceleration:
         self._live = True
         try:
             for attachment in self._attachments:
-                attachment.attach()
-                _LIVE[attachment.transformer] = self
+                attachment.attach(self)
+                _LIVE[attachment.transformer] = weakref.ref(self)
         except BaseException:
             self.restore()
             raise
@@ -135,7 +136,7 @@ class Acceleration:
         """Undo everything; safe to call twice and in any order with other accelerations."""
         for attachment in self._attachments:
             attachment.detach()
-            if _LIVE.get(attachment.transformer) is self:
+            if live_handle(attachment.transformer) is self:
                 del _LIVE[attachment.transformer]
         self._engine.clear()
         self._live = False
@@ -168,13 +169,14 @@ class Acceleration:
 
 def live_handle(transformer: torch.nn.Module) -> Acceleration | None:
     """Return the acceleration a transformer carries, None if it carries none."""
-    return _LIVE.get(transformer)
+    handle = _LIVE.get(transformer)
+    return None if handle is None else handle()
 
 
 def refuse_if_live(transformers: Mapping[str, torch.nn.Module], replace: bool) -> None:
     """Raise AlreadyAcceleratedError when one of the transformers is accelerated, or restore it first."""
     for name, module in transformers.items():
-        handle = _LIVE.get(module)
+        handle = live_handle(module)
         if handle is not None and not replace:
             raise AlreadyAcceleratedError(
                 f"{name} is already accelerated by {handle!r}; call its restore() first or pass replace=True."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .acceleration import Acceleration, refuse_if_live
-from .attend import run
+from .attend import autocast_dtype, cast, run
 from .call import AttentionCall, Site
 from .config import Profile, Recipe
 from .errors import ConfigError, UnsupportedError, nearest
@@ -155,19 +156,49 @@ def attention(
         )
     if q.shape[1] != layout.length:
         raise ConfigError(f"attention: q has {q.shape[1]} tokens, but the layout {layout} has {layout.length}.")
-    state = state or AttentionState()
+    _check_bias(key_bias, q)
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = (cast(x, dtype) for x in (q, k, v))
+    with nullcontext() if dtype is None else torch.autocast(q.device.type, enabled=False):
+        out, plan = _attend(settled, q, k, v, layout, scale, key_bias, state or AttentionState())
+    return (out, plan) if return_plan else out
+
+
+def _attend(
+    recipe: Recipe,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    scale: float | None,
+    key_bias: torch.Tensor | None,
+    state: AttentionState,
+) -> tuple[torch.Tensor, Plan]:
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     step = StepInfo(run=1, index=state.step, total=None, branch="0")
     state.step += 1
     call = AttentionCall(_PLAIN, step, layout, q, k, v, factor, stock=_never, key_bias=key_bias)
-    plan = Plan(q.shape[1], q.shape[1]) if settled.density == 1 else state.planner(settled).plan(call)
+    plan = Plan(q.shape[1], q.shape[1]) if recipe.density == 1 else state.planner(recipe).plan(call)
     if plan.dense:
         mask = None if key_bias is None else key_bias[:, :, None].to(q.dtype)
         heads = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=factor).transpose(1, 2)
     else:
         out = run(plan, q, k, v, factor, key_bias)
-    return (out, plan) if return_plan else out
+    return out, plan
+
+
+def _check_bias(bias: torch.Tensor | None, q: torch.Tensor) -> None:
+    if bias is None:
+        return
+    b, s, h, _ = q.shape
+    fits = bias.ndim == 3 and bias.shape[0] in (1, b) and bias.shape[1] in (1, h) and bias.shape[2] == s
+    if not fits or not bias.dtype.is_floating_point:
+        raise ConfigError(
+            f"attention: key_bias is {list(bias.shape)} {bias.dtype}; expected [{b}|1, {h}|1, {s}] "
+            "of a floating dtype, -inf where a key is masked."
+        )
 
 
 _PLAIN = Site("attention", "attention", 0, torch.nn.Identity())

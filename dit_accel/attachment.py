@@ -43,6 +43,7 @@ class Attachment:
         self._finite: torch.Tensor | None = None
         self._watched = _NO_STEP
         self._undo: list[Callable[[], None]] = []
+        self._handle: object = None
         self._placed: dict[str, Any] = {}
         self._seats: list[Seat] = []
         self.sites = _named(prefix, family.find_sites(transformer))
@@ -50,10 +51,11 @@ class Attachment:
         self.blocked = {site.name: reason for site in self.sites if (reason := _cannot_stand_in(site))}
 
     # -- attach and undo ------------------------------------------------------------------------------------------
-    def attach(self) -> None:
-        """Put the stand-ins and hooks in place; all of them sit on instances."""
+    def attach(self, handle: object = None) -> None:
+        """Put the stand-ins and hooks in place; all of them sit on instances. They keep `handle` alive."""
         from .hooks import Hook  # here, so that importing dit_accel stays light
 
+        self._handle = handle
         own = self.family.attention
         for site in self.sites:
             if site.name not in self.blocked:
@@ -119,6 +121,7 @@ class Attachment:
             self._undo.pop()()
         for seat in self._seats:
             seat.live = False
+        self._handle = None
         self._seats.clear()
         self._placed.clear()
         self._memo.clear()

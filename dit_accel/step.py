@@ -29,11 +29,15 @@ class StepInfo:
     reason: str = ""
 
 
+_UNKNOWN = "no step known: {}call handle.step(index, total) in your loop"
+
+
 class StepTracker:
     """Follow one pipeline's denoising loop without patching it.
 
     A run is new when `scheduler.timesteps` is another tensor object, which every `set_timesteps` makes, so a
-    cancelled run leaves nothing behind. The scheduler is looked up at each call because users swap it.
+    cancelled run leaves nothing behind. The scheduler is looked up at each call because users swap it. What a user's
+    own loop said counts until the pipeline's scheduler moves on by itself.
     """
 
     def __init__(self, pipe: Any | None) -> None:
@@ -41,6 +45,7 @@ class StepTracker:
         self._timesteps: weakref.ref[torch.Tensor] | None = None
         self._sigmas: list[float] = []
         self._manual: tuple[int, int, str | None] | None = None
+        self._stood: tuple[Any, ...] = ()  # where the scheduler stood when the user's loop last said its step
         self._calls: dict[int, int] = {}
         self._index: int | None = None
         self._context: str | None = None
@@ -55,6 +60,7 @@ class StepTracker:
                 self.run += 1
             self._calls.clear()
         self._manual = (index, total, branch)
+        self._stood = _standing(self._scheduler())
 
     def enter_context(self, name: str | None) -> None:
         """Note the name the pipeline gave to the coming call through `cache_context`."""
@@ -62,22 +68,27 @@ class StepTracker:
 
     def observe(self, model: torch.nn.Module, timestep: torch.Tensor | None) -> StepInfo:
         """Return where the call stands that `model` is about to make, and count it."""
+        scheduler = self._scheduler()
+        if self._manual is not None and self._stood != _standing(scheduler):
+            self._manual = None
         if self._manual is not None:
             index, total, branch = self._manual
             return StepInfo(self.run, index, total, branch or self._count(model))
-        scheduler = getattr(self._pipe() if self._pipe else None, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if scheduler is None or not isinstance(timesteps, torch.Tensor) or timesteps.ndim == 0:
-            reason = "no step known: call handle.step(index, total) in your loop"
-            return StepInfo(self.run, None, None, self._count(model), reason=reason)
+            return self._unknown(model, "")
         if self._timesteps is None or self._timesteps() is not timesteps:
             self._timesteps = weakref.ref(timesteps)
             self._sigmas = _sigmas(scheduler, timesteps)
             self.run += 1
             self._index = None
             self._calls.clear()
+        if _was_never_set(scheduler, timesteps):
+            return self._unknown(model, "the pipeline's scheduler has not been set to any steps; ")
         begin = getattr(scheduler, "_begin_index", None) or 0
         raw = self._raw_index(scheduler, timesteps, timestep, begin)
+        if raw >= len(timesteps):
+            return self._unknown(model, "the pipeline's scheduler has no step left; ")
         index = raw - begin
         if index != self._index:
             self._index = index
@@ -85,6 +96,12 @@ class StepTracker:
         branch = self._count(model)
         sigma = self._sigmas[raw] if raw < len(self._sigmas) else None
         return StepInfo(self.run, index, len(timesteps) - begin, self._context or branch, sigma)
+
+    def _scheduler(self) -> Any:
+        return getattr(self._pipe() if self._pipe else None, "scheduler", None)
+
+    def _unknown(self, model: torch.nn.Module, why: str) -> StepInfo:
+        return StepInfo(self.run, None, None, self._count(model), reason=_UNKNOWN.format(why))
 
     def _count(self, model: torch.nn.Module) -> str:
         nth = self._calls.get(id(model), 0)
@@ -100,6 +117,18 @@ class StepTracker:
         # Where each token has its own (Wan 2.2 5B), tokens of a given picture stand at 0: the largest is the step's.
         value = timestep.max().to(timesteps.device, torch.float64)
         return int((timesteps.to(torch.float64) - value).abs().argmin())
+
+
+def _standing(scheduler: Any) -> tuple[Any, ...]:
+    """Return what changes when a scheduler is swapped, set or stepped; its tensor of steps counts as an object."""
+    return id(scheduler), id(getattr(scheduler, "timesteps", None)), getattr(scheduler, "_step_index", None)
+
+
+def _was_never_set(scheduler: Any, timesteps: torch.Tensor) -> bool:
+    """Say whether a scheduler is as it was made, holding every step it was trained on."""
+    if any(getattr(scheduler, name, None) is not None for name in ("num_inference_steps", "_step_index")):
+        return False
+    return len(timesteps) == getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
 
 
 def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> list[float]:

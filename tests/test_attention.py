@@ -109,3 +109,34 @@ def test_hosts_name_it_unless_a_profile_speaks(name: str) -> None:
     assert sum("not calibrated: " in note for note in noted) == 1
     assert with_profile
     assert not any("not calibrated" in note for note in [*with_profile, *unnoted])
+
+
+@pytest.mark.parametrize("density", [0.4, 1])
+@pytest.mark.parametrize(
+    "shape", [(LAYOUT.length,), (1, LAYOUT.length), (1, 1, 5), (3, 1, LAYOUT.length), (2, 2, LAYOUT.length)]
+)
+def test_a_bias_of_another_shape_is_refused(shape: tuple[int, ...], density: float) -> None:
+    with pytest.raises(ConfigError, match=r"key_bias is .*; expected \[2\|1, 3\|1, 126\]"):
+        dit_accel.attention(*qkv(), layout=LAYOUT, density=density, key_bias=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("density", [0.4, 1])
+def test_a_bias_that_is_a_mask_is_refused(density: float) -> None:
+    mask = torch.ones(1, 1, LAYOUT.length, dtype=torch.bool)
+    with pytest.raises(ConfigError, match=r"key_bias is .* torch.bool; expected .* of a floating dtype, -inf where"):
+        dit_accel.attention(*qkv(), layout=LAYOUT, density=density, key_bias=mask)
+
+
+@pytest.mark.parametrize("text", [0, 16, 64, 128])
+@pytest.mark.parametrize("n", [1, 16, 40, 64, 100, 129, 300, 515, 1030])
+def test_means_stand_for_the_rest_on_a_line_of_tokens(n: int, text: int) -> None:
+    """Tokens that lie as they are need no order; their last unit may hold parts without a token."""
+    layout = dit_accel.TokenLayout(grid=(1, 1, n), text=text)
+    g = torch.Generator().manual_seed(n + text)
+    q, k, v = (torch.randn(1, layout.length, 2, 16, generator=g) for _ in range(3))
+    out = dit_accel.attention(q, k, v, layout=layout, recipe="hilbert-ear", density=0.3)
+    assert torch.isfinite(out).all()
+    equal = k.mean(1, keepdim=True).expand_as(k)  # keys and values all alike: their means say everything
+    alike = v.mean(1, keepdim=True).expand_as(v)
+    told = dit_accel.attention(q, equal, alike, layout=layout, recipe="hilbert-ear", density=0.3)
+    torch.testing.assert_close(told, stock(q, equal, alike), rtol=1e-4, atol=1e-5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -509,3 +511,20 @@ def test_processor_with_weights_is_left_alone_and_named() -> None:
         tiny.generate(pipe, call)
     assert handle.report().untouched == {"transformer_blocks.0.attn": "its processor Weighted has weights of its own"}
     assert isinstance(attn.processor, Weighted)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["handle dropped", "handle kept to the end"])
+@pytest.mark.parametrize("family", [tiny.flux, tiny.wan], ids=lambda f: f.__name__)
+def test_a_pipeline_that_is_let_go_is_freed_though_never_restored(family: Any, kept: bool) -> None:
+    pipe, call = family()
+    handle = dit_accel.accelerate(pipe, "hilbert-ear", density=0.5)
+    tiny.generate(pipe, call)
+    gone = weakref.ref(pipe.transformer)
+    if not kept:
+        del handle
+        gc.collect()
+        with pytest.raises(AlreadyAcceleratedError):  # the pipeline keeps it
+            dit_accel.accelerate(pipe, "draft")
+    pipe = call = handle = None
+    gc.collect()
+    assert gone() is None

@@ -152,3 +152,53 @@ def test_own_loop_starts_a_new_run_when_the_index_falls_back() -> None:
         tracker.set_manual(index, 3, None)
         runs.append((tracker.observe(MODEL, None).run, tracker.observe(MODEL, None).branch))
     assert runs == [(1, "1"), (1, "1"), (1, "1"), (2, "1"), (2, "1")]
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda c: c.__name__)
+def test_a_scheduler_that_was_never_set_knows_no_step(cls: Any) -> None:
+    """As of a pipeline whose transformer runs in another pipeline's loop."""
+    pipe = Pipe(scheduler=cls())
+    tracker = StepTracker(pipe)
+    for _ in range(3):
+        info = tracker.observe(MODEL, torch.tensor([500.0]))
+        assert (info.index, info.total) == (None, None)
+        assert info.reason.startswith("no step known: the pipeline's scheduler has not been set to any steps")
+
+
+@pytest.mark.parametrize("cls", [c for c in SCHEDULERS if c is not DDIMScheduler], ids=lambda c: c.__name__)
+def test_a_scheduler_at_its_end_knows_no_step(cls: Any) -> None:
+    pipe = Pipe(scheduler=cls())
+    tracker = StepTracker(pipe)
+    pipe.scheduler.set_timesteps(3)
+    loop(pipe, tracker)
+    info = tracker.observe(MODEL, torch.tensor([500.0]))
+    assert (info.index, info.total) == (None, None)
+    assert info.reason.startswith("no step known: the pipeline's scheduler has no step left")
+    pipe.scheduler.set_timesteps(3)
+    assert [s.index for s in loop(pipe, tracker, stop=2)] == [0, 1]
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda c: c.__name__)
+def test_an_own_loop_gives_way_to_the_pipelines(cls: Any) -> None:
+    pipe = Pipe(scheduler=cls())
+    tracker = StepTracker(pipe)
+    for index in range(2):
+        tracker.set_manual(index, 5, "cond")
+        seen = [tracker.observe(MODEL, None) for _ in range(2)]
+        assert [(s.index, s.total, s.branch) for s in seen] == [(index, 5, "cond")] * 2
+    pipe.scheduler.set_timesteps(4)
+    total = len(pipe.scheduler.timesteps)
+    assert [(s.index, s.total) for s in loop(pipe, tracker)] == [(i, total) for i in range(total)]
+
+
+def test_an_own_loop_may_use_the_pipelines_scheduler() -> None:
+    pipe = Pipe(scheduler=FlowMatchEulerDiscreteScheduler())
+    tracker = StepTracker(pipe)
+    pipe.scheduler.set_timesteps(4)
+    sample = torch.ones(1, 4)
+    for index, t in enumerate(pipe.scheduler.timesteps):
+        for branch in ("cond", "uncond"):
+            tracker.set_manual(10 + index, 20, branch)
+            info = tracker.observe(MODEL, t.expand(1))
+            assert (info.index, info.total, info.branch) == (10 + index, 20, branch)
+        sample = pipe.scheduler.step(torch.zeros(1, 4), t, sample).prev_sample

@@ -92,7 +92,8 @@ def _side(tiling: Tiling, block: int, parts: int, device: torch.device) -> Side:
     tokens = torch.from_numpy(tiling.tokens_per_block(block)).to(device)
     owner = torch.arange(units, device=device).repeat_interleave(unit // block)
     slots = torch.from_numpy(tiling.slots).to(device)
-    if tiling.identity:  # without an order the kernel counts blocks from the lengths, so drop what is beyond them
+    identity = tiling.identity and tiling.layout.length > (units - 1) * unit  # every unit holds a token
+    if identity:  # without an order the kernel counts blocks from the lengths, so drop what is beyond them
         blocks = -(-tiling.layout.length // block)
         tokens, owner, slots = tokens[:blocks], owner[:blocks], slots[: blocks * block]
     whole = bool(((tokens == 0) | (tokens == block)).all())
@@ -106,7 +107,7 @@ def _side(tiling: Tiling, block: int, parts: int, device: torch.device) -> Side:
         owner=owner[None, None],
         tokens=tokens[None, None],
         grid=grid,
-        identity=tiling.identity,
+        identity=identity,
         whole=whole,
         per=unit // block,
         span=span if span[1] - span[0] == len(on_grid) else None,
