@@ -62,7 +62,7 @@ def test_stock_loading_upcasts_the_stored_matrices(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_density_one_is_stock(pipe: FluxPipeline, guidance: float) -> None:
-    call = {"steps": 2, "true_cfg_scale": guidance, "negative_prompt": [""] * 3, "height": 72, "width": 104}
+    call = {"steps": 2, "true_cfg_scale": guidance, "negative_prompt": [""] * 3, "height": 76, "width": 108}
     stock = draw(pipe, ["taco, noto style"] * 3, **call)
     with dit_accel.accelerate(pipe, "draft", density=1):
         assert torch.equal(draw(pipe, ["taco, noto style"] * 3, **call), stock)

@@ -21,8 +21,8 @@ SPARSE: Recipe = resolve(
 FULL = SPARSE.override(select={"kind": "top-p", "p": 1.0}, name="everything")
 LAYOUTS = {
     "flux": "16 text + 1x17x13",
-    "kontext": "16 text + 1x8x8 + 1x16x16 reference",
-    "sd3": "1x26x22 + 93 text",
+    "kontext": "16 text + 1x11x9 + 1x17x13 reference",
+    "sd3": "1x25x21 + 93 text",
     "wan": "3x5x3",
     "wan_two_experts": "3x5x3",
     "wan_per_token_time": "3x5x3",
@@ -32,9 +32,9 @@ LAYOUTS = {
     "cogvideox": "16 text + 3x11x7",
     "cogvideox_rotary": "16 text + 3x11x7",
     "qwen_image": "8 text + 1x13x9",
-    "ltx": "3x8x16",
-    "pixart": "1x20x12",
-    "z_image": "1x18x14 + 4 pad + 32 text",
+    "ltx": "3x11x7",
+    "pixart": "1x19x11",
+    "z_image": "1x17x13 + 3 pad + 32 text",
 }
 BATCHED_GUIDANCE = {"sd3", "cogvideox", "cogvideox_rotary", "ltx", "pixart", "z_image"}
 

@@ -68,6 +68,11 @@ def wrong_scale(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(api, "run", lambda p, q, k, v, scale, bias: original(p, q, k, v, scale * 1.05, bias))
 
 
+def wrong_scale_in_hosts(patch: pytest.MonkeyPatch) -> None:
+    original = attend.run
+    patch.setattr(attend, "run", lambda p, q, k, v, scale, bias: original(p, q, k, v, scale * 1.05, bias))
+
+
 def forgotten_padding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(generic, "key_bias", lambda mask, keys: (None, ""))
 
@@ -180,6 +185,9 @@ MUTANTS: list[tuple[Mutation, Detector]] = [
     (state_survives_the_run, test_planner.test_a_new_run_frees_the_old_ones_state),
     (dropped_text, lambda: test_recipes.test_text_is_never_dropped("draft", LAYOUT)),
     (wrong_scale, test_attention.test_scale_and_bias_reach_the_kernel),
+    (wrong_scale_in_hosts, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("flux")),
+    (wrong_scale_in_hosts, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("wan")),
+    (wrong_scale_in_hosts, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("sd3")),
     (forgotten_padding, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("qwen_image")),
     (unrotated_keys, lambda: test_hosts.test_kernel_on_every_pair_is_stock_within_rounding("flux")),
     (transposed_scores, lambda: test_recipes.test_draft_keeps_the_percentile_its_paper_names(LAYOUT, 0.5)),

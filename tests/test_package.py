@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "dit_accel", "kernels", "pipelines", "eval", "examples", "tests")
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    environment = {**os.environ, **variables}
+    """Run a command that is not told of this checkout, or of another Python, by what is set for this process."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    environment = {**inherited, **variables}
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -22,15 +26,31 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
+def copied_tree(to: Path) -> Path:
+    """Copy what a wheel is made from, links as links, and not what earlier builds left."""
+    to.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, to / name)
+    return to
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Build and install the wheel; return the environment's bin folder and an empty working folder."""
+    """Build and install the wheel; return the environment's bin folder and an empty working folder.
+
+    Built from a copy: setuptools writes into the tree, where another worker's build would meet this one's.
+    """
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    tree = copied_tree(folder / "tree")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=tree)
+    shutil.rmtree(tree)
     (wheel,) = folder.glob("*.whl")
     run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
     binaries = folder / "env" / "bin"
-    run(binaries / "pip", "install", "--quiet", "--no-deps", wheel, cwd=folder)
+    run(binaries / "pip", "--isolated", "install", "--quiet", "--no-deps", wheel, cwd=folder)
     (folder / "empty").mkdir()
     return binaries, folder / "empty"
 

@@ -147,8 +147,8 @@ def flux(seed: int = 0, heads: int = 2) -> tuple[FluxPipeline, dict[str, Any]]:
 
 def kontext() -> tuple[FluxKontextPipeline, dict[str, Any]]:
     pipe = FluxKontextPipeline(**flux()[0].components)
-    picture = Image.effect_noise((32, 32), 64).convert("RGB")
-    sizes = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False}
+    picture = Image.effect_noise((26, 34), 64).convert("RGB")
+    sizes = {"height": 22, "width": 18, "max_area": 22 * 18, "_auto_resize": False}
     return pipe, {
         "prompt": "a cat",
         "image": picture,
@@ -187,8 +187,8 @@ def sd3() -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
     )
     return pipe, {
         "prompt": "a cat",
-        "height": 26,
-        "width": 22,
+        "height": 25,
+        "width": 21,
         "max_sequence_length": 16,
         "output_type": "latent",
     }
@@ -433,7 +433,7 @@ def ltx() -> tuple[LTXPipeline, dict[str, Any]]:
         upsample_residual=(False,) * 4,
         upsample_factor=(1,) * 4,
         timestep_conditioning=False,
-        patch_size=1,
+        patch_size=8,  # pixels by 32, as in the published one: sizes must be multiples of 32, tokens may be odd
         patch_size_t=1,
     )
     vae.use_framewise_encoding = False
@@ -445,7 +445,7 @@ def ltx() -> tuple[LTXPipeline, dict[str, Any]]:
         text_encoder=t5(),
         tokenizer=word_tokenizer(),
     )
-    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 32, "width": 64, "num_frames": 9}
+    call = {"prompt": "dance monkey", "negative_prompt": "a", "height": 352, "width": 224, "num_frames": 9}
     return pipe, {**call, "max_sequence_length": 16, "output_type": "latent"}
 
 
@@ -463,7 +463,13 @@ def pixart() -> tuple[PixArtAlphaPipeline, dict[str, Any]]:
         out_channels=8,
         norm_type="ada_norm_single",
     )
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    )
     pipe = PixArtAlphaPipeline(
         transformer=transformer,
         vae=vae,
@@ -471,7 +477,7 @@ def pixart() -> tuple[PixArtAlphaPipeline, dict[str, Any]]:
         text_encoder=t5(),
         tokenizer=word_tokenizer(),
     )
-    call = {"prompt": "a cat", "height": 40, "width": 24, "use_resolution_binning": False}
+    call = {"prompt": "a cat", "height": 152, "width": 88, "use_resolution_binning": False}
     return pipe, {**call, "output_type": "latent"}
 
 
@@ -507,7 +513,7 @@ def z_image() -> tuple[ZImagePipeline, dict[str, Any]]:
         tokenizer=None,
     )
     words = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
-    call = {"prompt_embeds": [words[0]], "negative_prompt_embeds": [words[1]], "height": 72, "width": 56}
+    call = {"prompt_embeds": [words[0]], "negative_prompt_embeds": [words[1]], "height": 68, "width": 52}
     return pipe, {**call, "output_type": "latent"}
 
 
