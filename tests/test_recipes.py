@@ -202,6 +202,16 @@ def test_unreachable_density_is_said_in_plain_words(name: str) -> None:
     assert float(plan.density()) == pytest.approx(0.8125)
 
 
+@pytest.mark.parametrize(("name", "density"), [("jenga", 0.3), ("svg2", 0.05)])
+def test_a_floor_above_the_density_is_said_in_plain_words(name: str, density: float) -> None:
+    layout = TokenLayout(grid=(7, 11, 13))
+    plan, *_ = planned(resolve(name, density=density, **SMALL), layout)
+    floor = resolve(name).model_dump()["select"]["least"]
+    assert f"asked density {density}: each row takes at least {floor} of its units for their score" in plan.note
+    assert float(plan.density()) > 1.2 * density
+    assert planned(resolve(name, density=0.5, **SMALL), layout)[0].note == ""
+
+
 @pytest.mark.parametrize("order", ["raster", "hilbert", "tile"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_any_order_gives_exact_attention_on_its_mask(order: str, layout: TokenLayout) -> None:
