@@ -52,6 +52,14 @@ def along(layout: TokenLayout, curve: str) -> list[int]:
     return [first + int(t) for t in path(layout.main.shape)]
 
 
+def touching(layout: TokenLayout, groups: list[list[int]]) -> set[tuple[int, int]]:
+    """List the pairs of groups of which some tokens are neighbours on the grid, diagonals too."""
+    owner = {cell(layout, token): number for number, group in enumerate(groups) for token in group}
+    shifts = list(itertools.product((-1, 0, 1), repeat=3))
+    beside = [(r, (f + i, h + j, w + k)) for (f, h, w), r in owner.items() for i, j, k in shifts]
+    return {(r, owner[place]) for r, place in beside if place in owner}
+
+
 def stable(row: torch.Tensor) -> list[int]:
     return sorted(range(len(row)), key=lambda c: -float(row[c]))
 
@@ -221,15 +229,30 @@ def test_jenga(layout: TokenLayout, p: float, least: float) -> None:
     groups = cut(along(layout, "gilbert"), 16)
     count = int(least * len(groups))
 
-    def touch(a: list[int], b: list[int]) -> bool:
-        places = [(cell(layout, i), cell(layout, j)) for i in a for j in b]
-        return any(p and q and max(abs(x - y) for x, y in zip(p, q, strict=True)) <= 1 for p, q in places)
-
-    near = {(r, c) for r in range(len(groups)) for c in range(len(groups)) if touch(groups[r], groups[c])}
+    near = touching(layout, groups)
     for b, h in SAMPLES:
         score = (means(q[b, :, h], groups) @ means(k[b, :, h], groups).T / 4).softmax(-1)
         chosen = {(r, c) for r in range(len(groups)) for c in top_p(score[r], p, count)} | near
         expect_groups(plan.to_mask()[b, h], groups, groups, chosen)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, ODD], ids=str)
+@pytest.mark.parametrize(("p", "least"), [(0.3, 0.2), (0.6, 0.4)])
+def test_rectified_selection(layout: TokenLayout, p: float, least: float) -> None:
+    """Top-p of the softmax of means that counts tokens, at least a share of the blocks, and those that touch."""
+    _, plan, q, k, _ = made(resolve("rectified", p=p, least=least, **blocks(layout)), layout, structured=True)
+    groups = cut(along(layout, "gilbert"), block_of(layout))
+    tokens = torch.tensor([float(len(group)) for group in groups])
+    count, near = int(least * len(groups)), touching(layout, groups)
+    pairs = list(itertools.product(range(len(groups)), repeat=2))
+    for b, h in samples(layout):
+        exps = (means(q[b, :, h], groups) @ means(k[b, :, h], groups).T / 4).double().exp() * tokens
+        score = exps / exps.sum(-1, keepdim=True)
+        by_score = {(r, c) for r in range(len(groups)) for c in top_p(score[r], p, count)}
+        assert near - by_score
+        assert by_score - near
+        assert set(pairs) - by_score - near
+        expect_groups(plan.to_mask()[b, h], groups, groups, by_score | near)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import test_cases
 import test_faithful_agents as agent_tests
@@ -93,6 +94,10 @@ def clusters_not_counted(patch: pytest.MonkeyPatch) -> None:
 def floor_forgotten(patch: pytest.MonkeyPatch) -> None:
     original = top_mass.first
     patch.setattr(top_mass, "first", lambda ordered, least: original(ordered, 0.0))
+
+
+def neighbours_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decide, "adjacent", lambda tiling: np.zeros((tiling.units, tiling.units), dtype=bool))
 
 
 def crossing_block_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -294,6 +299,9 @@ MUTANTS: list[tuple[Mutation, Callable[[], None]]] = [
     (clusters_not_counted, lambda: content_tests.test_clusters("svg2", PICTURE, 0.5, 0.1)),
     (floor_forgotten, lambda: content_tests.test_jenga(VIDEO, 0.3, 0.25)),
     (crossing_block_left_out, lambda: content_tests.test_jenga(VIDEO, 0.6, 0.5)),
+    (clusters_not_counted, lambda: content_tests.test_rectified_selection(PICTURE, 0.3, 0.2)),
+    (floor_forgotten, lambda: content_tests.test_rectified_selection(VIDEO, 0.6, 0.4)),
+    (neighbours_forgotten, lambda: content_tests.test_rectified_selection(PICTURE, 0.3, 0.2)),
     (untrusted_units_judged_anyway, lambda: content_tests.test_sparge(PICTURE, 0.7)),
     (heads_take_the_worst, head_tests.test_svg1_finds_the_axis_a_head_looks_along),
     (heads_swapped, head_tests.test_svg1_finds_the_axis_a_head_looks_along),
@@ -349,4 +357,6 @@ def _forget() -> None:
     shapes.unit_mask.cache_clear()
     expected.plan_note.cache_clear()
     decide._by_place.cache_clear()
+    decide._grid_keep.cache_clear()
+    decide.keep_mask.cache_clear()
     recipe._at.cache_clear()

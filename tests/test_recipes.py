@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,12 +164,34 @@ def test_what_chooses_by_content_follows_it_and_what_chooses_by_place_does_not(n
 
 
 def test_any_two_recipes_differ() -> None:
-    """In their masks, or else in what they make of them."""
-    found = {name: masks_and_output(name, 0, structured=True) for name in METHODS}
-    for a, b in itertools.combinations(METHODS, 2):
+    """In their masks, or else in what they make of them; `auto` is made of the others and may be one of them."""
+    names = [name for name in METHODS if name != "auto"]
+    found = {name: masks_and_output(name, 0, structured=True) for name in names}
+    for a, b in itertools.combinations(names, 2):
         (mask_a, out_a), (mask_b, out_b) = found[a], found[b]
         same = mask_a is not None and mask_b is not None and torch.equal(*torch.broadcast_tensors(mask_a, mask_b))
         assert not (same and torch.allclose(out_a, out_b, atol=1e-4)), (a, b)
+
+
+CHOSEN = json.loads((Path(dit_accel.__file__).parent / "sparsity" / "auto.json").read_text())["recipes"]
+
+
+@pytest.mark.parametrize("mixture", CHOSEN, ids=lambda mixture: str(mixture["total"]))
+def test_auto_is_what_its_file_says(mixture: dict[str, Any]) -> None:
+    """At each site and step the last case that holds, and each case the recipe whose name and density it bears."""
+    auto, sites = resolve("auto", density=mixture["total"]), 12
+    for site, step in itertools.product(range(sites), range(10)):
+        here, at = auto.at(site, sites, step / 10), (site / sites, step / 10)
+        said = mixture
+        for case in mixture["cases"]:
+            if all(low <= x < high for x, (low, high) in zip(at, (case["depth"], case["steps"]), strict=True)):
+                said = {**mixture, **case}
+        name, density = said["name"].split("@")
+        one = resolve(name, density=float(density))
+        for axis in ("order", "score", "select", "keeps", "correct"):
+            chosen = getattr(here, axis)
+            assert chosen == getattr(one, axis), (site, step, axis)
+            assert (chosen and chosen.model_dump(mode="json", exclude_none=True)) == said.get(axis), (site, step, axis)
 
 
 @pytest.mark.parametrize("name", ["grat-x", "draft"])
@@ -175,6 +200,16 @@ def test_unreachable_density_is_said_in_plain_words(name: str) -> None:
     plan, *_ = planned(resolve(name, density=0.3, picture=(1, 4, 4), **SMALL), layout)
     assert "the least here is 0.81: 64 text tokens beside 64 always take 0.75" in plan.note
     assert float(plan.density()) == pytest.approx(0.8125)
+
+
+@pytest.mark.parametrize(("name", "density"), [("jenga", 0.3), ("svg2", 0.05)])
+def test_a_floor_above_the_density_is_said_in_plain_words(name: str, density: float) -> None:
+    layout = TokenLayout(grid=(7, 11, 13))
+    plan, *_ = planned(resolve(name, density=density, **SMALL), layout)
+    floor = resolve(name).model_dump()["select"]["least"]
+    assert f"asked density {density}: each row takes at least {floor} of its units for their score" in plan.note
+    assert float(plan.density()) > 1.2 * density
+    assert planned(resolve(name, density=0.5, **SMALL), layout)[0].note == ""
 
 
 @pytest.mark.parametrize("order", ["raster", "hilbert", "tile"])

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..config import AgentSelect, ImportanceOrder, KMeansOrder, Recipe
+from ..config import AgentSelect, ErrorSelect, ImportanceOrder, KMeansOrder, Recipe, TopPSelect
 from ..layout import TokenLayout
 from . import content, papers, shapes
 from .decide import grid_share, keep_mask, option, tiling_for
@@ -46,6 +46,12 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
         return (
             f"asked density {asked:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
             f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
+        )
+    floor = _floor(recipe, layout)
+    if least + floor * (cells / layout.length) ** 2 > 1.2 * asked:  # where no row's best are among the kept
+        return (
+            f"asked density {asked:g}: each row takes at least {floor:g} of its units for their score, beside kept ones; "
+            "set a lower `least`"
         )
     units = _key_units(recipe, layout)
     options = recipe.heads.options if recipe.heads else (recipe,)
@@ -85,6 +91,17 @@ def plan_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
 def joined(*notes: str) -> str:
     """Return the notes that say something as one."""
     return "; ".join(note for note in notes if note)
+
+
+def _floor(recipe: Recipe, layout: TokenLayout) -> float:
+    """Return the share of a row's keys that is computed for its score even where the budget is spent."""
+    select = recipe.select
+    if recipe.heads is not None or not isinstance(select, TopPSelect | ErrorSelect):
+        return 0.0
+    least = max(select.least) if isinstance(select.least, tuple) else select.least
+    if isinstance(select, TopPSelect):
+        return least
+    return min(least, grid_share(layout, select.density or 0.0) / 2)
 
 
 def _listed(sizes: list[float]) -> str:
