@@ -50,6 +50,7 @@ class Summary:
             notes.append(f"fewer than {ENOUGH} prompts: the intervals are too narrow to decide anything by")
         if not measured:
             notes.append("no modelled times: benchmarks/results holds no step_*.json of eval/bench_step.py")
+        notes += [model.caveat for model in measured if model.caveat]
         return cls(path, setup, rows, standings(rows, measured, setup), measured, tuple(dict.fromkeys(notes)))
 
     @property
