@@ -83,7 +83,7 @@ class Model:
         Each call counts as its share of a step at its density: between measured densities on a straight line, below
         the least one as that one, above the largest on the line of the last two. Dense calls take stock's time.
         Decisions and kernels of a recipe that was measured at this shape cost what they cost there, on the average of
-        a run, those of others what the benchmark's recipe costs; others with a correction that was not measured have none.
+        a run, those of others what the benchmark's recipe costs; others with a correction not measured have none.
         """
         if row.steps is None or row.family in ("cache", "floor", "oracle") or row.error or self._untimed(row):
             return None

@@ -114,7 +114,7 @@ def test_modelled_times_find_the_flux_4096_file(tmp_path: Path) -> None:
     step = {"case": case, "density": 0.2, "step_ms": 1000.0, "stock_step_ms": 3000.0, "depth": 57, "every": 1}
     (tmp_path / "step_gpu.json").write_text(json.dumps({"gpu": gpu, "recipe": "draft", "rows": [step]}))
     (before,) = modelled.models(tmp_path)
-    stages: bench_decide.Ms = {stage: 1.0 for stage in (*DECISION, "kernel", "merge")}
+    stages: bench_decide.Ms = dict.fromkeys((*DECISION, "kernel", "merge"), 1.0)
     times = bench_decide.Times(50, stages, stages, stages, {})
     rows = [
         bench_decide.Row(name, 0.2, 0.0, 0.0, 90.0, ms, ms / 90, ms / 90, 1.0, True, {"first": times})
