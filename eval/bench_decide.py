@@ -295,6 +295,11 @@ def write(path: Path, source: dict[str, Any], rows: Sequence[Row]) -> None:
     half.replace(path)
 
 
+def result_file(folder: Path, case: Case, gpu: str) -> Path:
+    """Name the file of a case's results, where `eval/modelled.py` looks for it."""
+    return folder / f"decide_{case.name}_{'-'.join(gpu.lower().split())}.json"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = list(dit_accel.recipes())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -335,8 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("this benchmark needs a CUDA device; --tiny runs the same path anywhere, --count counts")
     case = TINY if options.tiny else next(case for case in CASES if case.name == options.case)
     source = {**provenance(device, options.commit), "case": case.name, "layout": str(case.layout)}
-    kind = "decide_tiny" if options.tiny else f"decide_{case.name}"
-    path = options.out / f"{kind}_{'-'.join(source['gpu'].lower().split())}.json"
+    path = result_file(options.out, case, source["gpu"])
     rows: list[Row] = []
     for row in measured(options.recipes, case, device, options.repeats, lambda text: console.print(text, markup=False)):
         rows.append(row)

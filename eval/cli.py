@@ -35,6 +35,9 @@ def evaluate(
     rivals: Annotated[bool, typer.Option(help="Also fewer steps and diffusers' caches.")] = True,
     floors: Annotated[bool, typer.Option(help="Also the noise floors.")] = True,
     share: Annotated[str, typer.Option(help="Run this share of the candidates only, as 3/16; see join.")] = "1/1",
+    batch: Annotated[
+        int, typer.Option(min=1, help="Made at once, from seed, seed + 1, ...; times are of all, figures of the first.")
+    ] = 1,
     looked: Annotated[int, typer.Option(min=0, help="First prompts in whose runs attention is looked into.")] = 1,
     steps: options.Steps = None,
     height: options.Height = None,
@@ -89,6 +92,7 @@ def evaluate(
         device=device,
         share=Share.parse(share),
         looked=looked,
+        batch=batch,
     )
     summary = job.rebuild(report, markdown) if report is not None else job.run(markdown)
     if as_json:

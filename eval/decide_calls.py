@@ -40,6 +40,7 @@ class Case:
 
 CASES = (
     Case("wan-14b-720p-81", TokenLayout(grid=(21, 45, 80), text=48), 40, 128),
+    Case("flux-4096", TokenLayout(grid=(1, 256, 256), text=512), 24, 128),
     Case("flux-1024", TokenLayout(grid=(1, 64, 64), text=512), 24, 128),
 )
 COUNTED = Case("counted", TokenLayout(grid=(4, 6, 10), text=7), 1, 64)

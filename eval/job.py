@@ -59,6 +59,7 @@ class EvalJob:
     device: str = "auto"
     share: Share = WHOLE
     looked: int = 1
+    batch: int = 1
 
     @property
     def rows(self) -> Path:
@@ -86,7 +87,7 @@ class EvalJob:
         pipe = load(source, dtype, device)
         pipe.set_progress_bar_config(disable=True)
         prompts = listed or demo_prompts(makes_clips(type(pipe)))
-        settings = _with_steps(pipe, prompts[0], settings)
+        settings = _with_steps(pipe, prompts[0], settings, self.batch)
         store = Store(self.rows, self._setup(settings, dtype, device))
         others = self._others(pipe, source, settings, dtype, device, prompts[0])
         candidates = self.share.of([*sparse, *others])
@@ -121,6 +122,7 @@ class EvalJob:
             device=device_name(device),
             dense_steps=self.dense_steps,
             dense_layers=self.dense_layers,
+            batch=self.batch,
             versions={"dit_accel": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         )
 
@@ -151,11 +153,11 @@ def _rivals(pipe: Any, settings: Settings, dense_steps: float, prompt: str) -> l
     return [*fewer_steps(steps), *(Cached(c.name, "cache", c.settings, None, c) for c in rivals)]
 
 
-def _with_steps(pipe: Any, prompt: str, settings: Settings) -> Settings:
+def _with_steps(pipe: Any, prompt: str, settings: Settings, batch: int) -> Settings:
     """Fill the pipeline's own number of steps in: shares of it are part of the study."""
     import inspect
 
-    call_arguments(pipe, prompt, settings)  # refuses what this pipeline does not take before anything runs
+    call_arguments(pipe, prompt, settings, batch)  # refuses what this pipeline does not take before anything runs
     if settings.steps is not None:
         return settings
     default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")

@@ -2,8 +2,9 @@
 
 It needs `benchmarks/results/step_*.json` of `eval/bench_step.py`; without such a file there is no such axis. What a
 recipe's own decisions and blocks cost beside the benchmark's recipe is taken from `decide_*.json` of
-`eval/bench_decide.py`, where that has both at the same shape. A step of a recipe that keeps decisions is the mean over
-the steps that one lasts; results in which the kept ones were not timed are no such axis.
+`eval/bench_decide.py`, where that has both at the same shape; elsewhere all are charged the same, and the report
+says so (`Model.caveat`). A step of a recipe that keeps decisions is the mean over the steps that one lasts; results in
+which the kept ones were not timed are no such axis.
 """
 
 from __future__ import annotations
@@ -65,13 +66,24 @@ class Model:
     depth: int = 0
     calls: Mapping[str, Call] = field(default_factory=dict)
 
+    @property
+    def caveat(self) -> str | None:
+        """Say that decisions were not measured at this shape, None where they were."""
+        if self.recipe in self.calls:
+            return None
+        return (
+            f"modelled s ({self.name}, {self.device}) charges every recipe the decisions and kernels of "
+            f"{self.recipe or 'the step benchmark'}: no recipe's own were timed at this shape (eval/bench_decide.py); "
+            "others with a correction have none"
+        )
+
     def seconds(self, row: Row) -> float | None:
         """Return the modelled seconds of all steps of a row; None where what was left out is not known (caches).
 
         Each call counts as its share of a step at its density: between measured densities on a straight line, below
         the least one as that one, above the largest on the line of the last two. Dense calls take stock's time.
         Decisions and kernels of a recipe that was measured at this shape cost what they cost there, on the average of
-        a run, those of others what the benchmark's recipe costs; one with a correction that was not measured has none.
+        a run, those of others what the benchmark's recipe costs; others with a correction not measured have none.
         """
         if row.steps is None or row.family in ("cache", "floor", "oracle") or row.error or self._untimed(row):
             return None
@@ -81,7 +93,7 @@ class Model:
         return sum(float(np.mean([self._step(d, name) for d in step])) for step in row.map.density) / 1e3
 
     def _untimed(self, row: Row) -> bool:
-        return bool(row.definition.get("correct")) and row.definition.get("name") not in self.calls
+        return bool(row.definition.get("correct")) and row.definition.get("name") not in {*self.calls, self.recipe}
 
     def _step(self, density: float, recipe: str) -> float:
         if density >= 1:

@@ -50,6 +50,7 @@ class Summary:
             notes.append(f"fewer than {ENOUGH} prompts: the intervals are too narrow to decide anything by")
         if not measured:
             notes.append("no modelled times: benchmarks/results holds no step_*.json of eval/bench_step.py")
+        notes += [model.caveat for model in measured if model.caveat]
         return cls(path, setup, rows, standings(rows, measured, setup), measured, tuple(dict.fromkeys(notes)))
 
     @property
@@ -97,7 +98,7 @@ class Summary:
         versions = ", ".join(f"{name} {version}" for name, version in setup.versions.items())
         seeds = sorted({row.seed for row in self.rows})
         return (
-            f"{setup.model}, {settings}, {setup.dtype} on {setup.device}; {self.prompts} prompts, seeds "
+            f"{setup.model}, {settings}, {setup.dtype} on {setup.timed_on}; {self.prompts} prompts, seeds "
             f"{', '.join(map(str, seeds))}; of every recipe the first {setup.dense_steps:.0%} of the steps and the "
             f"first {setup.dense_layers} layers dense; {versions}"
         )
@@ -155,7 +156,7 @@ def html(summary: Summary) -> str:
 
 def _figures(summary: Summary) -> list[tuple[str, str]]:
     """Return (caption, data URI) of every plot; each time axis has a plot of its own."""
-    lines, device = summary.lines, summary.setup.device
+    lines, device = summary.lines, summary.setup.timed_on
     found = [
         ("Quality over the pairs computed", plots.quality_plot(lines, lambda s: s.overall_density, "overall density")),
         (

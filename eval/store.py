@@ -30,7 +30,7 @@ class Setup(Line, frozen=True):
     """The first line: all that must not change within a file, because figures would not compare.
 
     `device` names what the wall times were taken on; `settings` are the pipeline's, seed aside; `versions` of torch,
-    diffusers and dit_accel.
+    diffusers and dit_accel. `batch`: how many were made at once, of which seconds and bytes are.
     """
 
     format: int = FORMAT
@@ -40,8 +40,14 @@ class Setup(Line, frozen=True):
     device: str
     dense_steps: float
     dense_layers: int
+    batch: int = 1
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+
+    @property
+    def timed_on(self) -> str:
+        """What wall times are of: the device, and how many were made at once where it is not one."""
+        return self.device if self.batch == 1 else f"{self.device}, {self.batch} at once"
 
 
 class Figures(Line, frozen=True):

@@ -28,6 +28,7 @@ class Study:
 
     Each candidate makes one untimed picture or clip before its first timed one in a process; for the first `looked`
     prompts and the first seed, one that is looked into. So no time holds a compilation, a first use or a measurement.
+    Each makes as many at once as the store's setup says; the first of them is kept and compared.
     """
 
     pipe: Any
@@ -111,11 +112,14 @@ class Study:
         watch = QualityWatch(self.store.setup.dense_steps)
         if course.handle is not None and looked:
             course.handle.watchers = (watch,)
-            generate_stock(course.pipe, prompt, settings=course.settings)
+            self._draw(course, prompt, course.settings)
         else:
             short = course.settings.model_copy(update={"steps": min(2, course.settings.steps or 2)})
-            generate_stock(course.pipe, prompt, settings=short)
+            self._draw(course, prompt, short)
         return tuple(watch.samples)
+
+    def _draw(self, course: Course, prompt: str, settings: Settings) -> Generation:
+        return generate_stock(course.pipe, prompt, settings=settings, batch=self.store.setup.batch)
 
     def _timed(
         self, candidate: Candidate, course: Course, prompt: str, reference: Media | None, samples: tuple[Sample, ...]
@@ -124,7 +128,7 @@ class Study:
         if course.handle is not None:
             course.handle.watchers = (density,)
         with peak_memory(course.pipe.device) as peak:
-            made = generate_stock(course.pipe, prompt, settings=course.settings)
+            made = self._draw(course, prompt, course.settings)
         seed = course.settings.seed
         row = Row(
             candidate=candidate.name,

@@ -173,7 +173,7 @@ def _columns(setup: Setup, models: Sequence[Model]) -> list[_Column]:
         _Column("recall", lambda line: _number(line.recall, 4), lambda line: line.recall),
         _Column("best recall", lambda line: _number(line.best_recall, 4)),
         _Column("output error", lambda line: _number(line.error, 4), lambda line: line.error, lower=True),
-        _Column(f"seconds ({setup.device})", lambda line: _interval(line.seconds, 2), _seconds, lower=True),
+        _Column(f"seconds ({setup.timed_on})", lambda line: _interval(line.seconds, 2), _seconds, lower=True),
         *(
             _Column(f"modelled s ({m.name}, {m.device})", lambda line, m=m: _number(line.modelled.get(m.name), 1))
             for m in models

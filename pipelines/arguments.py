@@ -53,8 +53,11 @@ def check_accepts(pipeline: type, settings: Settings) -> None:
             raise ConfigError(f"{key}: {name} takes no such setting.")
 
 
-def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
-    """Return the keyword arguments for the pipeline's call; errors as of `check_accepts`, and for impossible sizes."""
+def call_arguments(pipe: Any, prompt: str, settings: Settings, batch: int = 1) -> dict[str, Any]:
+    """Return the keyword arguments for a pipeline's call that makes `batch` pictures or clips from seed, seed + 1, ...
+
+    Errors as of `check_accepts`, for impossible sizes, and where a pipeline makes no more than one of a prompt at once.
+    """
     check_accepts(type(pipe), settings)
     accepted = _accepted(type(pipe))
     name = type(pipe).__name__
@@ -70,12 +73,29 @@ def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]
         arguments["use_resolution_binning"] = False  # it would draw another size than the one asked for
     if "callback_on_step_end" in accepted:
         arguments["callback_on_step_end"] = _check_last_latents
-    generator = torch.Generator().manual_seed(settings.seed)  # on the CPU, for the same noise on every device
-    return {**arguments, "prompt": prompt, "generator": generator, "output_type": "np"}
+    generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(batch)]  # on the CPU: the same noise
+    arguments |= {"prompt": prompt, "generator": generators[0], "output_type": "np"}
+    if batch > 1:
+        arguments |= {_count_setting(type(pipe)): batch, "generator": generators}
+    return arguments
+
+
+def _count_setting(pipeline: type) -> str:
+    """Name the argument that says how many pictures or clips of a prompt are made at once."""
+    name = "num_videos_per_prompt" if makes_clips(pipeline) else "num_images_per_prompt"
+    if name not in _accepted(pipeline):
+        raise ConfigError(f"batch: {pipeline.__name__} makes one of a prompt at a time.")
+    return name
+
+
+def generators_of(arguments: Mapping[str, Any]) -> list[torch.Generator]:
+    """Return the generators that a call is given, one for each of its batch."""
+    given = arguments["generator"]
+    return given if isinstance(given, list) else [given]
 
 
 def effective(pipe: Any, arguments: Mapping[str, Any], media: Media) -> dict[str, Any]:
-    """Return all settings as the pipeline understood them, its own defaults filled in."""
+    """Return all settings as the pipeline understood them, its own defaults filled in; of a batch, the first one's."""
     accepted = _accepted(type(pipe))
     filled = {
         ours: arguments.get(theirs, accepted[theirs].default) for ours, theirs in _THEIRS.items() if theirs in accepted
@@ -83,7 +103,7 @@ def effective(pipe: Any, arguments: Mapping[str, Any], media: Media) -> dict[str
     clip = {"frames": len(media.frames), "fps": media.fps} if media.is_clip else {}
     return {
         "prompt": arguments["prompt"],
-        "seed": arguments["generator"].initial_seed(),
+        "seed": generators_of(arguments)[0].initial_seed(),
         "height": media.image.height,
         "width": media.image.width,
         **filled,

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dit_accel.eval import bench_decide, decide_calls
+from dit_accel.eval import bench_decide, decide_calls, modelled, step_cases
 from dit_accel.eval.decide_stages import DECISION, Clock, Launches, staged
+from dit_accel.eval.store import DensityMap, Row
 from dit_accel.kernels import choice
+from dit_accel.layout import TokenLayout
 from dit_accel.sparsity import selectors
 
 
@@ -90,6 +92,46 @@ def test_the_table_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_kinds_of_calls_in_a_run(name: str, expected: dict[str, int]) -> None:
     assert decide_calls.uses(decide_calls.always_sparse(name)) == expected
+
+
+def test_the_flux_4096_case_is_the_call_of_the_step_benchmarks() -> None:
+    """The step benchmark's model is built on no device, and its host says how its tokens lie."""
+    there = next(case for case in step_cases.CASES if case.name == "flux-4096")
+    case = next(case for case in decide_calls.CASES if case.name == "flux-4096")
+    with torch.device("meta"):
+        model: Any = there.build()
+    arguments = there.inputs(torch.device("meta"), torch.bfloat16)
+    text, cells = arguments["encoder_hidden_states"].shape[1], arguments["hidden_states"].shape[1]
+    assert case.layout == TokenLayout(grid=there.grid, text=text)
+    assert case.layout.length == text + cells == 66048
+    assert (case.heads, case.heads * case.dim) == (model.transformer_blocks[0].attn.heads, model.inner_dim)
+    calls = decide_calls.Calls(decide_calls.always_sparse("balanced"), case, torch.device("meta"), torch.bfloat16)
+    assert calls.call(0).q.shape == (1, 66048, 24, 128)
+
+
+def test_modelled_times_find_the_flux_4096_file(tmp_path: Path) -> None:
+    gpu, case = "NVIDIA H100 80GB HBM3", bench_decide.parse(["--case", "flux-4096"]).case
+    step = {"case": case, "density": 0.2, "step_ms": 1000.0, "stock_step_ms": 3000.0, "depth": 57, "every": 1}
+    (tmp_path / "step_gpu.json").write_text(json.dumps({"gpu": gpu, "recipe": "draft", "rows": [step]}))
+    (before,) = modelled.models(tmp_path)
+    stages: bench_decide.Ms = dict.fromkeys((*DECISION, "kernel", "merge"), 1.0)
+    times = bench_decide.Times(50, stages, stages, stages, {})
+    rows = [
+        bench_decide.Row(name, 0.2, 0.0, 0.0, 90.0, ms, ms / 90, ms / 90, 1.0, True, {"first": times})
+        for name, ms in (("draft", 1.0), ("svg-ear", 11.0))
+    ]
+    where = bench_decide.result_file(tmp_path, next(c for c in decide_calls.CASES if c.name == case), gpu)
+    bench_decide.write(where, {"gpu": gpu, "case": case}, rows)
+    (after,) = modelled.models(tmp_path)
+    seen = DensityMap(sites=("p",), density=((0.2,),))
+    given: Any = {"candidate": "x@0.2", "family": "recipe", "prompt": "a", "seed": 0, "steps": 1, "map": seen}
+    draft = Row(**given, definition={"name": "draft"})
+    ear = Row(**given, definition={"name": "svg-ear", "correct": {"kind": "centroids"}})
+    assert before.caveat is not None
+    assert "flux-4096" in before.caveat
+    assert after.caveat is None
+    assert (before.seconds(draft), after.seconds(draft)) == (1.0, 1.0)
+    assert after.seconds(ear) == pytest.approx(1.0 + 57 * 10 / 1e3)
 
 
 def test_nested_stages_count_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,16 +25,56 @@ TILES = {"picture": (1, 4, 4), "video": (2, 4, 4), **SMALL}
 PICTURE = TokenLayout(grid=(1, 13, 11), text=5)
 VIDEO = TokenLayout(grid=(5, 6, 7), text=3, text_first=False)
 LAYOUTS = [PICTURE, VIDEO, TokenLayout(grid=(3, 8, 8))]
-NATTEN = json.loads((Path(__file__).parent / "data" / "natten_windows.json").read_text())["masks"]
+DATA = Path(__file__).parent / "data"
+NATTEN = json.loads((DATA / "natten_windows.json").read_text())["masks"]
+AXES = ("extent", "kernel", "stride", "dilation")  # of a window, each an axis long
+Gold = dict[str, Any]
 
 
-@pytest.mark.parametrize("gold", NATTEN, ids=lambda g: "-".join(str(g[k]) for k in list(g)[:4]))
-def test_windows_are_those_of_natten(gold: dict[str, object]) -> None:
-    """The masks in the file were printed by the natten package itself."""
-    sizes = (gold[name] for name in ("length", "kernel", "stride", "dilation"))
-    first, last, number = shapes.window(*sizes)  # type: ignore[arg-type]
-    ours = (first[:, None] <= number) & (number <= last[:, None])
-    assert ["".join("01"[int(x)] for x in row) for row in ours] == gold["rows"]
+def named(gold: Gold) -> str:
+    return "-".join("x".join(map(str, gold[name])) for name in AXES)
+
+
+def strings(mask: np.ndarray) -> list[str]:
+    return ["".join("01"[int(seen)] for seen in row) for row in mask]
+
+
+@pytest.mark.parametrize("gold", NATTEN, ids=named)
+def test_windows_are_those_of_natten(gold: Gold) -> None:
+    """The masks in the file were printed by the natten package itself (`data/make_natten.py`)."""
+    extent, *sizes = (gold[name] for name in AXES)
+    cells = np.unravel_index(np.arange(np.prod(extent)), extent)
+    ours = np.ones((len(cells[0]), len(cells[0])), dtype=bool)
+    for at, *axis in zip(cells, extent, *sizes, strict=True):
+        first, last, number = shapes.window(*axis)
+        ours &= (first[at][:, None] <= number[at]) & (number[at] <= last[at][:, None])
+    assert strings(ours) == gold["rows"]
+
+
+@pytest.mark.parametrize("gold", [gold for gold in NATTEN if len(gold["extent"]) > 1], ids=named)
+def test_gna_computes_what_natten_does(gold: Gold) -> None:
+    """The recipe as a whole, on pictures and videos whose sides are no multiples of its tiles."""
+    grid, kernel, stride, dilation = ((1,) * (3 - len(gold[name])) + tuple(gold[name]) for name in AXES)
+    recipe = resolve("gna", kernel=kernel, stride=stride, dilation=dilation, **TILES)
+    _, plan, *_ = made(recipe, TokenLayout(grid=grid))
+    assert strings(plan.to_mask()[0, 0].numpy()) == gold["rows"]
+
+
+def test_the_natten_package_itself_still_prints_these_masks() -> None:
+    """Runs where natten is installed; and on windows that nobody picked."""
+    pytest.importorskip("natten")
+    print_rows = runpy.run_path(str(DATA / "make_natten.py"))["rows"]
+    for gold in NATTEN:
+        assert print_rows(*(gold[name] for name in AXES)) == gold["rows"]
+    make = random.Random(0)
+    for _ in range(20):
+        dilation = [make.randint(1, 3) for _ in range(make.randint(1, 3))]
+        kernel = [make.randint(2, 4) for _ in dilation]
+        extent = [k * d + make.randint(0, 3) for k, d in zip(kernel, dilation, strict=True)]
+        stride = [make.randint(1, k) for k in kernel]
+        case = dict(zip(AXES, (extent, kernel, stride, dilation), strict=True))
+        print(case)
+        test_windows_are_those_of_natten({**case, "rows": print_rows(*case.values())})
 
 
 def seen_on_axis(i: int, j: int, length: int, kernel: int, stride: int, dilation: int) -> bool:

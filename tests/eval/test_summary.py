@@ -129,8 +129,15 @@ def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path
     assert model.seconds(row("t", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 1) / 1e3)
     given["definition"] = {"name": "slow", "correct": {"kind": "centroids"}}
     assert model.seconds(row("x", "recipe", 20, **given)) == pytest.approx((1000 + 700 + 10 * 22) / 1e3)
+    assert model.caveat is None
     given["definition"] = {"name": "new", "correct": {"kind": "centroids"}}
     assert model.seconds(row("w", "recipe", 20, **given)) is None  # what its correction takes was not measured
+    file.rename(tmp_path / "elsewhere.json")
+    (model,) = models(tmp_path)
+    assert model.caveat is not None
+    assert model.seconds(row("w", "recipe", 20, **given)) is None
+    given["definition"] = {"name": "draft", "correct": {"kind": "centroids"}}
+    assert model.seconds(row("v", "recipe", 20, **given)) == pytest.approx(1.7)  # the step benchmark's own recipe
     file.write_text('{"rows": [{}]}')
     with pytest.raises(ConfigError, match="is no result of bench_decide"):
         models(tmp_path)
@@ -188,6 +195,7 @@ def test_the_page_shows_each_time_axis_alone_and_escapes(tmp_path: Path) -> None
     assert "Quality over modelled time: big on GPU" in page
     assert "<th>modelled s (big, GPU)</th>" in page
     assert "no modelled times" not in page
+    assert "modelled s (big, GPU) charges every recipe" in page
 
 
 SETUP = Setup(

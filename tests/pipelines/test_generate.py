@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -33,6 +35,41 @@ def test_stock_run_is_what_the_pipeline_draws(pipe: FluxPipeline) -> None:
     stock = pipe("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=16, generator=noise).images[0]
     assert made.image.tobytes() == stock.tobytes()
     assert made.seconds > 0
+
+
+def test_a_batch_is_drawn_from_seeds_in_turn(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 the same pictures as one by one, but for rounding: the order of sums is another."""
+    alone = [
+        np.asarray(generate_stock(pipe, "a cat", settings=SMALL.model_copy(update={"seed": seed})).image, dtype=int)
+        for seed in (5, 6, 7)
+    ]
+    drawn: list[np.ndarray] = []
+    call = type(pipe).__call__
+
+    def watched(self: Any, **arguments: Any) -> Any:
+        made = call(self, **arguments)
+        drawn.append(made.images)
+        return made
+
+    monkeypatch.setattr(type(pipe), "__call__", functools.wraps(call)(watched))
+    made = generate_stock(pipe, "a cat", settings=SMALL, batch=3, warm_up=True)
+    assert [len(images) for images in drawn] == [3, 3]  # the untimed run, too
+    assert made.settings["seed"] == 5
+    for image, gold in zip((drawn[1] * 255).round(), alone, strict=True):
+        assert np.abs(image - gold).max() <= 1
+    assert np.abs(np.asarray(made.image, dtype=int) - alone[0]).max() <= 1
+    assert np.abs(alone[0] - alone[1]).max() > 10
+
+
+def test_a_pipeline_without_a_number_of_pictures_makes_no_batch() -> None:
+    class OneByOne:
+        vae_scale_factor = 8
+
+        def __call__(self, prompt: str, num_inference_steps: int = 1, generator: Any = None) -> None: ...
+
+    assert call_arguments(OneByOne(), "a cat", Settings())["prompt"] == "a cat"
+    with pytest.raises(ConfigError, match="batch: OneByOne makes one of a prompt at a time"):
+        call_arguments(OneByOne(), "a cat", Settings(), batch=2)
 
 
 def test_warm_up_changes_nothing_but_the_time(pipe: FluxPipeline) -> None:
