@@ -20,6 +20,7 @@ from .report import Report
 from .sparsity.draw import Cell
 from .sparsity.planner import Planner
 from .step import StepTracker
+from .whole import three_whole, whole
 
 _LIVE: weakref.WeakKeyDictionary[torch.nn.Module, Acceleration] = weakref.WeakKeyDictionary()
 
@@ -114,22 +115,26 @@ class Acceleration:
         """Ask what one attention call does against what it should do; the next run that gets there fills the answer.
 
         `site` is a number as `sites` counts them, or a name, `step` counts from 0. `query`: the (frame, row, column) of
-        the grid whose keys are drawn, None the middle one. Raises ConfigError for a site that is not there.
+        the grid whose keys are drawn, None the middle one. Raises ConfigError for a site that is not there, and for
+        what is no whole number.
         """
         if not self._live:
             raise ConfigError("explain: this acceleration was restored, so nothing runs under it any more.")
-        return Explanation(self._engine, self._site(site), step, query)
+        asked = None if query is None else three_whole(query, "explain: query", "(frame, row, column)")
+        return Explanation(self._engine, self._site(site), whole(step, "explain: step"), asked)
 
     def _site(self, named: int | str) -> Site:
         sites = self.sites
-        if isinstance(named, int):
-            if not 0 <= named < len(sites):
-                raise ConfigError(f"explain: site must lie in 0..{len(sites) - 1}, got {named}.")
-            return sites[named]
-        found = next((site for site in sites if site.name == named), None)
-        if found is None:
-            raise ConfigError(f"explain: no site is called {named!r}.{nearest(named, [site.name for site in sites])}")
-        return found
+        if isinstance(named, str):
+            found = next((site for site in sites if site.name == named), None)
+            if found is None:
+                names = [site.name for site in sites]
+                raise ConfigError(f"explain: no site is called {named!r}.{nearest(named, names)}")
+            return found
+        at = whole(named, "explain: site")
+        if not 0 <= at < len(sites):
+            raise ConfigError(f"explain: site must lie in 0..{len(sites) - 1}, got {at}.")
+        return sites[at]
 
     def restore(self) -> None:
         """Undo everything; safe to call twice and in any order with other accelerations."""
