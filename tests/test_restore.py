@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import io
 import itertools
+import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -403,6 +405,34 @@ def test_deep_copy_of_an_accelerated_model_is_stock(make: Any) -> None:
         processors = {type(m.processor) for m in pipe2.transformer.modules() if hasattr(m, "processor")}
     assert seen_by_the_handle == 0
     assert processors == {type(m.processor) for m in twin.transformer.modules() if hasattr(m, "processor")}
+
+
+def pickled(model: torch.nn.Module) -> torch.nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: torch.nn.Module) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [pickled, saved])
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+def test_pickle_of_an_accelerated_model_is_stock(make: Any, way: Any) -> None:
+    (pipe, call), (twin, _) = make(), make()
+    stock = tiny.generate(twin, call)
+    with accelerated(pipe) as handle:
+        pipe2, _ = make()
+        pipe2.transformer = way(pipe.transformer)
+        with accelerated(pipe2) as other:
+            assert not torch.equal(tiny.generate(pipe2, call), stock)
+            assert other.report().calls
+        assert torch.equal(tiny.generate(pipe2, call), stock)
+        assert handle.report().calls == 0
+        assert pipe2.transformer.cache_context.__self__ is pipe2.transformer
+        assert way(pipe2.transformer).cache_context.__func__ is type(twin.transformer).cache_context
 
 
 def test_save_pretrained_of_an_accelerated_pipeline_is_stock(tmp_path: Any) -> None:
