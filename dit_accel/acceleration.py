@@ -28,7 +28,8 @@ _LIVE: weakref.WeakKeyDictionary[torch.nn.Module, Acceleration] = weakref.WeakKe
 class Acceleration:
     """The handle that `accelerate` returns: undo, report, and the step of the user's own loop.
 
-    Usable as a context manager that restores on exit.
+    It takes the place of those that the transformers carry, which are restored. Usable as a context manager that
+    restores on exit.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class Acceleration:
         if profile is not None:
             profile.check_recipe(recipe)
             profile.check_model(self.models, self.heads)
+        for module in transformers.values():
+            if (before := _LIVE.get(module)) is not None:
+                before.restore()
         self._live = True
         try:
             for attachment in self._attachments:
@@ -176,16 +180,14 @@ def live_handle(transformer: torch.nn.Module) -> Acceleration | None:
     return _LIVE.get(transformer)
 
 
-def refuse_if_live(transformers: Mapping[str, torch.nn.Module], replace: bool) -> None:
-    """Raise AlreadyAcceleratedError when one of the transformers is accelerated, or restore it first."""
+def refuse_if_live(transformers: Mapping[str, torch.nn.Module]) -> None:
+    """Raise AlreadyAcceleratedError when one of the transformers is accelerated."""
     for name, module in transformers.items():
         handle = _LIVE.get(module)
-        if handle is not None and not replace:
+        if handle is not None:
             raise AlreadyAcceleratedError(
                 f"{name} is already accelerated by {handle!r}; call its restore() first or pass replace=True."
             )
-        if handle is not None:
-            handle.restore()
 
 
 def known_family(transformer: torch.nn.Module) -> Family:

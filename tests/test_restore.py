@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 import dit_accel
 from dit_accel import attend
 from dit_accel.call import AttentionCall
-from dit_accel.errors import AlreadyAcceleratedError, NonFiniteError, UnsupportedError
+from dit_accel.errors import AlreadyAcceleratedError, ConfigError, NonFiniteError, UnsupportedError
 
 OPTIONS = {
     "density": 0.5,
@@ -224,6 +224,27 @@ def test_second_acceleration_raises_and_names_the_first() -> None:
     twin, _ = tiny.flux()
     tiny.generate(twin, call)
     assert snapshot(pipe) == snapshot(twin)
+
+
+def test_a_replacement_that_is_refused_leaves_the_first_as_it_was() -> None:
+    from diffusers import FirstBlockCacheConfig
+    from test_profile import profile_of  # which imports this file
+
+    pipe, call = tiny.flux()
+    with accelerated(pipe) as handle:
+        expected, before = tiny.generate(pipe, call), objects(pipe)
+        for wrong in ({"profile": profile_of("duo", (0, 1))}, {"densty": 0.5}):
+            with pytest.raises(ConfigError):
+                dit_accel.accelerate(pipe, "grat-b", replace=True, **wrong)
+        assert handle.live
+        assert objects(pipe) == before
+        assert torch.equal(tiny.generate(pipe, call), expected)
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(UnsupportedError, match="disable_cache"):
+            dit_accel.accelerate(pipe, "grat-b", replace=True)
+        assert handle.live
+        pipe.transformer.disable_cache()
+        assert torch.equal(tiny.generate(pipe, call), expected)
 
 
 class CancelledError(Exception):
