@@ -13,6 +13,7 @@ import dit_accel
 from dit_accel.config import Recipe, TopKSelect, WithinSelect, build, read_file, write_file
 from dit_accel.errors import ConfigError
 from dit_accel.layout import Grid, Text, TokenLayout
+from dit_accel.pipelines.cli import parse_overrides
 from dit_accel.sparsity.recipes import resolve
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
@@ -65,6 +66,14 @@ def test_good_settings_beside_the_bad_ones() -> None:
     assert resolve("draft", density=0.2, picture=[1, 4, 4]).density == 0.2
     assert resolve({"base": "draft", "name": "mine", "density": 0.4}).name == "mine"
     assert resolve("balanced", density=None) == resolve("balanced")
+
+
+def test_none_is_a_value_for_what_may_be_none() -> None:
+    assert resolve("hilbert-ear").correct is not None
+    assert resolve("hilbert-ear", correct=None, density=0.5).correct is None
+    assert resolve("hilbert-ear", **parse_overrides(0.5, ["correct=null"])).correct is None
+    with pytest.raises(ConfigError, match="dense_steps"):
+        resolve("hilbert-ear", dense_steps=None)
 
 
 def test_configs_are_frozen_hashable_and_printable() -> None:

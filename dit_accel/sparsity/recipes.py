@@ -18,10 +18,10 @@ def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
     """Turn a name, a YAML/JSON file, a mapping or a Recipe, plus overrides, into a validated Recipe.
 
     A mapping or file may name a `base` recipe and then only the settings that differ, or hold mixtures, of which the
-    one for the density is taken. Overrides of None are left out. A density asked for is carried out: it takes a preset
+    one for the density is taken. A density of None asks for none. A density asked for is carried out: it takes a preset
     its right to go dense. Raises ConfigError.
     """
-    changes = {key: value for key, value in overrides.items() if value is not None}
+    changes = {key: value for key, value in overrides.items() if key != "density" or value is not None}
     found = _single(_base(recipe), changes)
     if not changes:
         return found
