@@ -112,8 +112,15 @@ class Acceleration:
         self._engine.planner = planner
 
     def step(self, index: int, total: int, branch: str | None = None) -> None:
-        """Say where your own denoising loop stands, before each transformer call; index counts from 0."""
-        self._tracker.set_manual(index, total, branch)
+        """Say where your own denoising loop stands, before each transformer call; index counts from 0.
+
+        `branch` names the guidance branch of the call. Raises ConfigError for a place outside the run, for what is no
+        number or name, and once restored.
+        """
+        self._refuse_if_restored("step")
+        if branch is not None and not isinstance(branch, str):
+            raise ConfigError(f"step: branch is a name, such as 'cond', got {branch!r}.")
+        self._tracker.set_manual(whole(index, "step: index"), whole(total, "step: total"), branch)
 
     def explain(self, site: int | str, step: int, query: Cell | None = None) -> Explanation:
         """Ask what one attention call does against what it should do; the next run that gets there fills the answer.
@@ -122,10 +129,13 @@ class Acceleration:
         the grid whose keys are drawn, None the middle one. Raises ConfigError for a site that is not there, and for
         what is no whole number.
         """
-        if not self._live:
-            raise ConfigError("explain: this acceleration was restored, so nothing runs under it any more.")
+        self._refuse_if_restored("explain")
         asked = None if query is None else three_whole(query, "explain: query", "(frame, row, column)")
         return Explanation(self._engine, self._site(site), whole(step, "explain: step"), asked)
+
+    def _refuse_if_restored(self, asked: str) -> None:
+        if not self._live:
+            raise ConfigError(f"{asked}: this acceleration was restored, so nothing runs under it any more.")
 
     def _site(self, named: int | str) -> Site:
         sites = self.sites
@@ -163,6 +173,7 @@ class Acceleration:
         return (f"{what} of heads by a profile made on {made.layout} in {made.steps} steps",)
 
     def __enter__(self) -> Acceleration:
+        self._refuse_if_restored("with")
         return self
 
     def __exit__(

@@ -209,6 +209,31 @@ def test_restore_twice_is_harmless() -> None:
     assert snapshot(pipe) == snapshot(twin)
 
 
+def test_a_restored_handle_is_not_used_again() -> None:
+    pipe, _ = tiny.flux()
+    with accelerated(pipe) as handle:
+        handle.step(0, 2)
+    with pytest.raises(ConfigError, match="with: this acceleration was restored"), handle:
+        pass
+    with pytest.raises(ConfigError, match="step: this acceleration was restored"):
+        handle.step(0, 2)
+    assert not handle.live
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ((0.5, 3), "step: index: expected a whole number, got 0.5"),
+        ((0, 3.0), "step: total: expected a whole number, got 3.0"),
+        ((3, 3), r"index must lie in 0\.\.2, got 3"),
+        ((0, 3, 5), "step: branch is a name, such as 'cond', got 5"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(said: Any, message: str) -> None:
+    with accelerated(tiny.flux()[0]) as handle, pytest.raises(ConfigError, match=message):
+        handle.step(*said)
+
+
 def test_second_acceleration_raises_and_names_the_first() -> None:
     pipe, call = tiny.flux()
     with accelerated(pipe) as handle:
