@@ -20,6 +20,7 @@ from .report import Report
 from .sparsity.draw import Cell
 from .sparsity.planner import Planner
 from .step import StepTracker
+from .whole import three_whole, whole
 
 # A handle holds its transformers, so it is held weakly here and strongly by their attachments: all of them go together.
 _LIVE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Acceleration]] = weakref.WeakKeyDictionary()
@@ -28,7 +29,8 @@ _LIVE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Acceleration]] = w
 class Acceleration:
     """The handle that `accelerate` returns: undo, report, and the step of the user's own loop.
 
-    Usable as a context manager that restores on exit.
+    It takes the place of those that the transformers carry, which are restored. Usable as a context manager that
+    restores on exit.
     """
 
     def __init__(
@@ -51,6 +53,9 @@ class Acceleration:
         if profile is not None:
             profile.check_recipe(recipe)
             profile.check_model(self.models, self.heads)
+        for module in transformers.values():
+            if (before := live_handle(module)) is not None:
+                before.restore()
         self._live = True
         try:
             for attachment in self._attachments:
@@ -108,29 +113,43 @@ class Acceleration:
         self._engine.planner = planner
 
     def step(self, index: int, total: int, branch: str | None = None) -> None:
-        """Say where your own denoising loop stands, before each transformer call; index counts from 0."""
-        self._tracker.set_manual(index, total, branch)
+        """Say where your own denoising loop stands, before each transformer call; index counts from 0.
+
+        `branch` names the guidance branch of the call. Raises ConfigError for a place outside the run, for what is no
+        number or name, and once restored.
+        """
+        self._refuse_if_restored("step")
+        if branch is not None and not isinstance(branch, str):
+            raise ConfigError(f"step: branch is a name, such as 'cond', got {branch!r}.")
+        self._tracker.set_manual(whole(index, "step: index"), whole(total, "step: total"), branch)
 
     def explain(self, site: int | str, step: int, query: Cell | None = None) -> Explanation:
         """Ask what one attention call does against what it should do; the next run that gets there fills the answer.
 
         `site` is a number as `sites` counts them, or a name, `step` counts from 0. `query`: the (frame, row, column) of
-        the grid whose keys are drawn, None the middle one. Raises ConfigError for a site that is not there.
+        the grid whose keys are drawn, None the middle one. Raises ConfigError for a site that is not there, and for
+        what is no whole number.
         """
+        self._refuse_if_restored("explain")
+        asked = None if query is None else three_whole(query, "explain: query", "(frame, row, column)")
+        return Explanation(self._engine, self._site(site), whole(step, "explain: step"), asked)
+
+    def _refuse_if_restored(self, asked: str) -> None:
         if not self._live:
-            raise ConfigError("explain: this acceleration was restored, so nothing runs under it any more.")
-        return Explanation(self._engine, self._site(site), step, query)
+            raise ConfigError(f"{asked}: this acceleration was restored, so nothing runs under it any more.")
 
     def _site(self, named: int | str) -> Site:
         sites = self.sites
-        if isinstance(named, int):
-            if not 0 <= named < len(sites):
-                raise ConfigError(f"explain: site must lie in 0..{len(sites) - 1}, got {named}.")
-            return sites[named]
-        found = next((site for site in sites if site.name == named), None)
-        if found is None:
-            raise ConfigError(f"explain: no site is called {named!r}.{nearest(named, [site.name for site in sites])}")
-        return found
+        if isinstance(named, str):
+            found = next((site for site in sites if site.name == named), None)
+            if found is None:
+                names = [site.name for site in sites]
+                raise ConfigError(f"explain: no site is called {named!r}.{nearest(named, names)}")
+            return found
+        at = whole(named, "explain: site")
+        if not 0 <= at < len(sites):
+            raise ConfigError(f"explain: site must lie in 0..{len(sites) - 1}, got {at}.")
+        return sites[at]
 
     def restore(self) -> None:
         """Undo everything; safe to call twice and in any order with other accelerations."""
@@ -155,6 +174,7 @@ class Acceleration:
         return (f"{what} of heads by a profile made on {made.layout} in {made.steps} steps",)
 
     def __enter__(self) -> Acceleration:
+        self._refuse_if_restored("with")
         return self
 
     def __exit__(
@@ -173,16 +193,14 @@ def live_handle(transformer: torch.nn.Module) -> Acceleration | None:
     return None if handle is None else handle()
 
 
-def refuse_if_live(transformers: Mapping[str, torch.nn.Module], replace: bool) -> None:
-    """Raise AlreadyAcceleratedError when one of the transformers is accelerated, or restore it first."""
+def refuse_if_live(transformers: Mapping[str, torch.nn.Module]) -> None:
+    """Raise AlreadyAcceleratedError when one of the transformers is accelerated."""
     for name, module in transformers.items():
         handle = live_handle(module)
-        if handle is not None and not replace:
+        if handle is not None:
             raise AlreadyAcceleratedError(
                 f"{name} is already accelerated by {handle!r}; call its restore() first or pass replace=True."
             )
-        if handle is not None:
-            handle.restore()
 
 
 def known_family(transformer: torch.nn.Module) -> Family:

@@ -45,7 +45,8 @@ def accelerate(
         recipe: a recipe or preset name, a YAML/JSON file, a mapping, or a Recipe; without one, the profile's, or the
             preset "balanced".
         profile: what `calibrate` found for this model and recipe, or the file it was saved in.
-        replace: restore an acceleration that the pipeline already carries instead of raising.
+        replace: restore an acceleration that the pipeline already carries instead of raising, once nothing else is
+            wrong.
         overrides: settings of the recipe, such as `density=0.25`.
 
     Raises ConfigError, UnsupportedError or AlreadyAcceleratedError; then nothing was changed.
@@ -58,7 +59,8 @@ def accelerate(
     settled = resolve(recipe, **overrides)
     transformers = transformers_of(target)
     _warn_of_untested_diffusers()
-    refuse_if_live(transformers, replace)
+    if not replace:
+        refuse_if_live(transformers)
     pipe = None if isinstance(target, torch.nn.Module) else target
     return Acceleration(pipe, transformers, settled, known)
 

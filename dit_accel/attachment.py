@@ -186,7 +186,7 @@ class Attachment:
 
 
 class _NamedContext:
-    """The transformer's `cache_context`, with the name also told to the tracker; a deep copy is the stock method."""
+    """The transformer's `cache_context`, with the name also told to the tracker; a copy or a pickle is stock's."""
 
     def __init__(self, transformer: torch.nn.Module, original: Any, tracker: StepTracker) -> None:
         self._transformer = transformer
@@ -203,8 +203,14 @@ class _NamedContext:
             self._tracker.enter_context(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._transformer), self._transformer)
-        return MethodType(type(copied).cache_context, copied)
+        return _stock_context(memo.get(id(self._transformer), self._transformer))
+
+    def __reduce__(self) -> Any:
+        return _stock_context, (self._transformer,)
+
+
+def _stock_context(transformer: Any) -> MethodType:
+    return MethodType(type(transformer).cache_context, transformer)
 
 
 def _named(prefix: str, sites: list[Site]) -> list[Site]:

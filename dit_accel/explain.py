@@ -104,7 +104,7 @@ class Explained:
 class Explanation:
     """What `handle.explain` returns: empty until a run reaches the step, then what that run did there.
 
-    It stops watching when a later run begins, at `close()`, or at the end of its `with` block.
+    It stops watching when a later run begins, where looking fails, at `close()`, or at the end of its `with` block.
     """
 
     def __init__(self, engine: Engine, site: Site, step: int, query: Cell | None = None) -> None:
@@ -139,10 +139,14 @@ class Explanation:
         if plan.operator:
             reason = f"{plan.operator} is an operator, which computes no pairs"
             self._calls.append(Explained(call.step.branch, call.layout, reason))
-        else:
+            return
+        try:
             maps = measure(call, plan, out)
             keys = _keys(call, plan, maps, self._query)
-            self._calls.append(Explained(call.step.branch, call.layout, maps=maps, keys=keys))
+        except BaseException:
+            self.close()  # it stops this run: it must not stop every later one
+            raise
+        self._calls.append(Explained(call.step.branch, call.layout, maps=maps, keys=keys))
 
     def _hear(self, site: Site, step: StepInfo, reason: str, layout: TokenLayout | None) -> None:
         if self._is_asked(site, step):

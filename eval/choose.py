@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel.config import MAPPED, AllSelect, Case, Choice, Mixtures, Recipe
+from dit_accel.config import MAPPED, AllSelect, Case, Choice, Mixtures, Recipe, build
+from dit_accel.config.recipe import asked_density
 from dit_accel.errors import ConfigError
 from dit_accel.output import check_writable
 
@@ -88,7 +89,14 @@ class Chosen:
         asked = {line.asked for line in lines if line.asked is not None}
         singles = {d: best_of([line for line in lines if line.asked == d]) for d in asked}
         budgets = {d: max(d, line.spent or d) for d, line in singles.items() if line is not None}
-        wanted = sorted(densities or (d for d, budget in budgets.items() if budget >= cheapest(parts)), reverse=True)
+        least = cheapest(parts)
+        named = {asked_density(density, "choose") for density in densities}
+        wanted = sorted(named or (d for d, budget in budgets.items() if budget >= least), reverse=True)
+        if not wanted:
+            raise ConfigError(
+                f"{rows}: the cheapest choices measured take {least:.3f}, more than any recipe there was asked for; "
+                "name a density of at least that."
+            )
         choice = Choice(
             model=setup.model,
             described=_described(setup),
@@ -97,7 +105,8 @@ class Chosen:
             best=tuple(line.candidate for d in wanted if (line := singles.get(d)) is not None),
         )
         proposals = tuple(_propose(parts, ran, d, budgets.get(d, d), singles.get(d), name, choice) for d in wanted)
-        mixtures = Mixtures(name=name, chosen=choice, recipes=tuple(one.recipe for one in proposals))
+        data = {"name": name, "chosen": choice, "recipes": tuple(one.recipe for one in proposals)}
+        mixtures = build(Mixtures, data, "choose")
         return cls(mixtures, proposals, _agreement(parts, lines))
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +168,8 @@ def as_recipe(mixed: Mixed, total: float, name: str, chosen: Choice) -> Recipe:
     names = [pick.name.rpartition("@")[0] or pick.name for course in mixed.courses for pick in course.picks]
     parts = ", ".join(dict.fromkeys(names))
     source = f"mixture of {parts} ({chosen.described}, prompts: {len(chosen.prompts)}), chosen on {chosen.model}"
-    return Recipe(name=name, select=AllSelect(), cases=cases, total=total, sources=(source,))
+    data = {"name": name, "select": AllSelect(), "cases": cases, "total": total, "sources": (source,)}
+    return build(Recipe, data, "choose")
 
 
 def check_target(path: Path, force: bool) -> None:

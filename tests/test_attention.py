@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from test_every_recipe import small
 from test_profile import SMALL, profile_of
 
 import dit_accel
@@ -48,6 +49,19 @@ def test_dtypes(dtype: torch.dtype) -> None:
     out = dit_accel.attention(*qkv(dtype), layout=LAYOUT, recipe="draft", density=0.5)
     assert out.dtype == dtype
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", dit_accel.recipes())
+def test_float64_is_float32_nearly(name: str) -> None:
+    (out, plan), (wide, same) = (
+        dit_accel.attention(*qkv(dtype), layout=LAYOUT, recipe=small(name), return_plan=True)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert wide.dtype == torch.float64
+    assert not same.dense
+    if not plan.operator:
+        assert torch.equal(plan.to_mask(), same.to_mask())
+    torch.testing.assert_close(out.double(), wide, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_inputs_need_no_copy() -> None:

@@ -13,6 +13,7 @@ import dit_accel
 from dit_accel.config import Recipe, TopKSelect, WithinSelect, build, read_file, write_file
 from dit_accel.errors import ConfigError
 from dit_accel.layout import Grid, Text, TokenLayout
+from dit_accel.pipelines.cli import parse_overrides
 from dit_accel.sparsity.recipes import resolve
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
@@ -44,6 +45,27 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("hilbert-ear", {"key_run": 48}, "key_run: input should be 0, 16, 32 or 64, got 48"),
     ({"name": "a", "order": {"kind": "tiel"}}, {}, "no order is called 'tiel'. Did you mean 'tile'?"),
     ({"name": "a", "order": {"kind": "tile", "pictur": [1, 2, 3]}}, {}, "Did you mean 'picture'?"),
+    (
+        "draft",
+        {"order": "hilbrt"},
+        "order: expected {kind: ...}, one of axes, gilbert, hilbert, importance, kmeans, raster, "
+        "tile, got 'hilbrt'. Did you mean {kind: hilbert}?",
+    ),
+    ("draft", {"order": {"knd": "tile"}}, "tile, got {'knd': 'tile'}. Did you mean {kind: tile}?"),
+    ("draft", {"order": {"picture": [1, 2, 3]}}, "order: expected {kind: ...}, one of axes, gilbert, "),
+    ("draft", {"correct": 3}, "correct: expected {kind: ...}, one of centroids, delta, pooled-mass, residual, got 3."),
+    (
+        "sta",
+        {"search": {"options": [{"select": "topk"}]}},
+        "search.options.0.select: expected {kind: ...}, one of agents, ",
+    ),
+    ("draft", {"keeps": "own"}, "keeps: expected a mapping of settings, got 'own'"),
+    (
+        {"base": "draft", True: 1},
+        {},
+        "named by words, got True (YAML reads a bare on, off, yes or no as true or false)",
+    ),
+    ({"name": "a", 1: 2}, {}, "recipe: settings are named by words, got 1."),
     ({"name": ""}, {}, "name: string should have at least 1 character"),
     ({"nam": "a"}, {}, "unknown setting 'nam'. Did you mean 'name'?"),
     ({"base": "drafd"}, {}, "Did you mean 'draft'?"),
@@ -65,6 +87,14 @@ def test_good_settings_beside_the_bad_ones() -> None:
     assert resolve("draft", density=0.2, picture=[1, 4, 4]).density == 0.2
     assert resolve({"base": "draft", "name": "mine", "density": 0.4}).name == "mine"
     assert resolve("balanced", density=None) == resolve("balanced")
+
+
+def test_none_is_a_value_for_what_may_be_none() -> None:
+    assert resolve("hilbert-ear").correct is not None
+    assert resolve("hilbert-ear", correct=None, density=0.5).correct is None
+    assert resolve("hilbert-ear", **parse_overrides(0.5, ["correct=null"])).correct is None
+    with pytest.raises(ConfigError, match="dense_steps"):
+        resolve("hilbert-ear", dense_steps=None)
 
 
 def test_configs_are_frozen_hashable_and_printable() -> None:
@@ -113,6 +143,14 @@ def test_recipe_file_may_name_a_base(tmp_path: Path) -> None:
     recipe = resolve(path, dense_layers=1)
     assert isinstance(recipe.select, WithinSelect)
     assert (recipe.name, recipe.select.radius, recipe.dense_layers) == ("mine", 2, 1)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.yaml", "a.yaml"), ("b.yaml", "a.yaml")])
+def test_a_file_that_is_its_own_base_is_named(tmp_path: Path, first: str, second: str) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"base": str(tmp_path / first), "name": "mine"}))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump({"base": str(tmp_path / second), "name": "mine"}))
+    with pytest.raises(ConfigError, match=r"a\.yaml: is its own base"):
+        resolve(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.errors import PlanError
+from dit_accel.errors import ConfigError, PlanError
 from dit_accel.kernels.block_sparse import Predicate
 from dit_accel.layout import Grid, Text, TokenLayout
 from dit_accel.sparsity.draw import COMPUTED, GROUND, QUERY, SKIPPED, draw_frames, frame_density, key_maps
@@ -127,6 +127,12 @@ def test_dense_plan_sees_everything() -> None:
 def test_what_does_not_fit_is_said(query: tuple[int, int, int], more: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         draw_frames(known(), **{"layout": LAYOUT, "query": query, **more})
+
+
+@pytest.mark.parametrize("query", [(1, 2), (0, 1, 2, 3), (0, 1.0, 2), None])
+def test_a_query_is_three_whole_numbers(query: Any) -> None:
+    with pytest.raises(ConfigError, match=r"query: expected \(frame, row, column\) as three whole numbers"):
+        draw_frames(known(), LAYOUT, query)
 
 
 def test_head_that_is_not_there_is_said() -> None:

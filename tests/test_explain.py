@@ -182,6 +182,29 @@ def test_a_block_ends_the_watch_and_two_looks_share_nothing() -> None:
     assert not torch.equal(one.calls[0].recall, other.calls[0].recall)
 
 
+def test_numbers_of_numpy_and_lists_are_numbers() -> None:
+    (pipe, call), handle = attached()
+    look = handle.explain(np.int64(1), np.int32(1), [0, np.int64(1), 2])  # pyright: ignore[reportArgumentType]
+    tiny.generate(pipe, call, steps=2)
+    assert look.calls[0].keys is not None
+    assert look.calls[0].keys.query == (0, 1, 2)
+
+
+def test_a_look_that_fails_stops_one_run_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    (pipe, call), handle = attached()
+    expected = tiny.generate(pipe, call, steps=2)
+    handle.explain(0, 1)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room to look")
+
+    monkeypatch.setattr("dit_accel.explain.measure", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        tiny.generate(pipe, call, steps=2)
+    assert torch.equal(tiny.generate(pipe, call, steps=2), expected)
+    assert handle.watchers == handle._engine.ledger.listeners == ()
+
+
 def test_what_is_asked_too_early_is_said() -> None:
     _, handle = attached()
     with pytest.raises(NotSeenError, match="nothing has: run the pipeline first"):
@@ -202,7 +225,13 @@ def test_a_loop_without_steps_says_how_to_name_them() -> None:
     [
         ({"site": 2}, "site must lie in 0..1, got 2"),
         ({"site": "transformer_block.0.attn"}, "Did you mean 'transformer_blocks.0.attn'?"),
+        ({"site": 1.0}, "site: expected a whole number, got 1.0"),
         ({"step": -1}, "step counts from 0, got -1"),
+        ({"step": "1"}, "step: expected a whole number, got '1'"),
+        ({"query": (0, 1)}, "query: expected (frame, row, column) as three whole numbers, got (0, 1)"),
+        ({"query": (0, 1, 2, 3)}, "as three whole numbers, got (0, 1, 2, 3)"),
+        ({"query": (0, 1, 1.5)}, "as three whole numbers, got (0, 1, 1.5)"),
+        ({"query": 5}, "as three whole numbers, got 5"),
     ],
 )
 def test_what_is_not_there_is_named(asked: dict[str, Any], said: str) -> None:

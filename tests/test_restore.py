@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import enum
 import gc
+import io
 import itertools
+import pickle
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +21,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 import dit_accel
 from dit_accel import attend
 from dit_accel.call import AttentionCall
-from dit_accel.errors import AlreadyAcceleratedError, NonFiniteError, UnsupportedError
+from dit_accel.errors import AlreadyAcceleratedError, ConfigError, NonFiniteError, UnsupportedError
 
 OPTIONS = {
     "density": 0.5,
@@ -209,6 +211,31 @@ def test_restore_twice_is_harmless() -> None:
     assert snapshot(pipe) == snapshot(twin)
 
 
+def test_a_restored_handle_is_not_used_again() -> None:
+    pipe, _ = tiny.flux()
+    with accelerated(pipe) as handle:
+        handle.step(0, 2)
+    with pytest.raises(ConfigError, match="with: this acceleration was restored"), handle:
+        pass
+    with pytest.raises(ConfigError, match="step: this acceleration was restored"):
+        handle.step(0, 2)
+    assert not handle.live
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ((0.5, 3), "step: index: expected a whole number, got 0.5"),
+        ((0, 3.0), "step: total: expected a whole number, got 3.0"),
+        ((3, 3), r"index must lie in 0\.\.2, got 3"),
+        ((0, 3, 5), "step: branch is a name, such as 'cond', got 5"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(said: Any, message: str) -> None:
+    with accelerated(tiny.flux()[0]) as handle, pytest.raises(ConfigError, match=message):
+        handle.step(*said)
+
+
 def test_second_acceleration_raises_and_names_the_first() -> None:
     pipe, call = tiny.flux()
     with accelerated(pipe) as handle:
@@ -224,6 +251,27 @@ def test_second_acceleration_raises_and_names_the_first() -> None:
     twin, _ = tiny.flux()
     tiny.generate(twin, call)
     assert snapshot(pipe) == snapshot(twin)
+
+
+def test_a_replacement_that_is_refused_leaves_the_first_as_it_was() -> None:
+    from diffusers import FirstBlockCacheConfig
+    from test_profile import profile_of  # which imports this file
+
+    pipe, call = tiny.flux()
+    with accelerated(pipe) as handle:
+        expected, before = tiny.generate(pipe, call), objects(pipe)
+        for wrong in ({"profile": profile_of("duo", (0, 1))}, {"densty": 0.5}):
+            with pytest.raises(ConfigError):
+                dit_accel.accelerate(pipe, "grat-b", replace=True, **wrong)
+        assert handle.live
+        assert objects(pipe) == before
+        assert torch.equal(tiny.generate(pipe, call), expected)
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(UnsupportedError, match="disable_cache"):
+            dit_accel.accelerate(pipe, "grat-b", replace=True)
+        assert handle.live
+        pipe.transformer.disable_cache()
+        assert torch.equal(tiny.generate(pipe, call), expected)
 
 
 class CancelledError(Exception):
@@ -405,6 +453,34 @@ def test_deep_copy_of_an_accelerated_model_is_stock(make: Any) -> None:
         processors = {type(m.processor) for m in pipe2.transformer.modules() if hasattr(m, "processor")}
     assert seen_by_the_handle == 0
     assert processors == {type(m.processor) for m in twin.transformer.modules() if hasattr(m, "processor")}
+
+
+def pickled(model: torch.nn.Module) -> torch.nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: torch.nn.Module) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [pickled, saved])
+@pytest.mark.parametrize("make", [tiny.flux, tiny.wan])
+def test_pickle_of_an_accelerated_model_is_stock(make: Any, way: Any) -> None:
+    (pipe, call), (twin, _) = make(), make()
+    stock = tiny.generate(twin, call)
+    with accelerated(pipe) as handle:
+        pipe2, _ = make()
+        pipe2.transformer = way(pipe.transformer)
+        with accelerated(pipe2) as other:
+            assert not torch.equal(tiny.generate(pipe2, call), stock)
+            assert other.report().calls
+        assert torch.equal(tiny.generate(pipe2, call), stock)
+        assert handle.report().calls == 0
+        assert pipe2.transformer.cache_context.__self__ is pipe2.transformer
+        assert way(pipe2.transformer).cache_context.__func__ is type(twin.transformer).cache_context
 
 
 def test_save_pretrained_of_an_accelerated_pipeline_is_stock(tmp_path: Any) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..errors import PlanError
 from ..layout import TokenLayout
+from ..whole import three_whole
 from .plan import Plan
 
 COMPUTED, SKIPPED, QUERY, GROUND = (255, 255, 255), (48, 48, 48), (220, 30, 30), (128, 128, 128)
@@ -20,9 +21,11 @@ def key_maps(plan: Plan, layout: TokenLayout, query: Cell, sample: int = 0, head
     """Return which tokens of the main grid one query attends to, bool [frames, height, width].
 
     `query` is the (frame, row, column) of a token of the main grid; all tokens of a unit share their map unless a
-    predicate tells them apart. Raises PlanError where plan, layout and query do not fit.
+    predicate tells them apart. Raises ConfigError where the query is not three whole numbers, PlanError where plan,
+    layout and query do not fit.
     """
     start, shape = _grid(plan, layout)
+    query = _cell(query)
     if any(not 0 <= at < size for at, size in zip(query, shape, strict=True)):
         raise PlanError(f"plan: the query {query} lies outside the grid of {'x'.join(map(str, shape))} tokens.")
     row = plan.rows(torch.tensor([start + int(np.ravel_multi_index(query, shape))]), sample, head)
@@ -32,7 +35,8 @@ def key_maps(plan: Plan, layout: TokenLayout, query: Cell, sample: int = 0, head
 def frame_density(plan: Plan, layout: TokenLayout, sample: int = 0, head: int = 0) -> npt.NDArray[np.float64]:
     """Return the share of computed pairs between the queries and the keys of two frames, [frames, frames].
 
-    Rows are the frames of the queries, columns those of the keys, of the main grid. Raises PlanError as `key_maps`.
+    Rows are the frames of the queries, columns those of the keys, of the main grid. Raises PlanError where plan
+    and layout do not fit.
     """
     start, (frames, height, width) = _grid(plan, layout)
     area = height * width
@@ -51,9 +55,9 @@ def draw_frames(
 
     In the strip white tokens are computed, dark ones skipped, the query is red; a token is `scale` pixels wide. In the
     matrix a row is a frame of queries, a column a frame of keys, from black (no pair computed) to white (all), a cell
-    `4 * scale` pixels wide. Text keys, which all queries see, are not shown. Raises PlanError as `key_maps`.
+    `4 * scale` pixels wide. Text keys, which all queries see, are not shown. Raises as `key_maps`.
     """
-    strip = _strip(key_maps(plan, layout, query, sample, head), query, scale)
+    strip = _strip(key_maps(plan, layout, query, sample, head), _cell(query), scale)
     density = np.rint(frame_density(plan, layout, sample, head) * 255).astype(np.uint8)
     matrix = _enlarged(density[..., None].repeat(3, -1), 4 * scale)
     page = Image.new("RGB", (max(strip.width, matrix.width + 2 * GAP), strip.height + matrix.height + GAP), GROUND)
@@ -76,6 +80,10 @@ def _strip(maps: npt.NDArray[np.bool_], query: Cell, scale: int) -> Image.Image:
 
 def _enlarged(pixels: npt.NDArray[np.uint8], factor: int) -> Image.Image:
     return Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1))
+
+
+def _cell(query: Cell) -> Cell:
+    return three_whole(query, "query", "(frame, row, column)")
 
 
 def _grid(plan: Plan, layout: TokenLayout) -> tuple[int, Cell]:

@@ -18,10 +18,10 @@ def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
     """Turn a name, a YAML/JSON file, a mapping or a Recipe, plus overrides, into a validated Recipe.
 
     A mapping or file may name a `base` recipe and then only the settings that differ, or hold mixtures, of which the
-    one for the density is taken. Overrides of None are left out. A density asked for is carried out: it takes a preset
+    one for the density is taken. A density of None asks for none. A density asked for is carried out: it takes a preset
     its right to go dense. Raises ConfigError.
     """
-    changes = {key: value for key, value in overrides.items() if value is not None}
+    changes = {key: value for key, value in overrides.items() if key != "density" or value is not None}
     found = _single(_base(recipe), changes)
     if not changes:
         return found
@@ -30,13 +30,17 @@ def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
     return found.override(**changes)
 
 
-def _base(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe | Mixtures:
+def _base(recipe: Any, inside: tuple[Path, ...] = ()) -> Recipe | Mixtures:
+    """Return what a name, file, mapping or Recipe stands for; `inside` are the files that name it as their base."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml", ".json"))):
-        return _from_mapping(read_file(Path(recipe)), str(recipe))
+        file = Path(recipe).resolve()
+        if file in inside:
+            raise ConfigError(f"{recipe}: is its own base.")
+        return _from_mapping(read_file(Path(recipe)), str(recipe), (*inside, file))
     if isinstance(recipe, Mapping):
-        return _from_mapping(dict(recipe), "recipe")
+        return _from_mapping(dict(recipe), "recipe", inside)
     if not isinstance(recipe, str):
         raise ConfigError(f"recipe: expected a name, a file, a mapping or a Recipe, got {type(recipe).__name__}.")
     known = {**RECIPES, **PRESETS}
@@ -53,8 +57,12 @@ def _single(found: Recipe | Mixtures, changes: dict[str, Any]) -> Recipe:
     return found if isinstance(found, Recipe) else found.at(changes.pop("density", None))
 
 
-def _from_mapping(data: dict[str, Any], where: str) -> Recipe | Mixtures:
+def _from_mapping(data: dict[Any, Any], where: str, inside: tuple[Path, ...]) -> Recipe | Mixtures:
+    for key in data:
+        if not isinstance(key, str):
+            bare = " (YAML reads a bare on, off, yes or no as true or false)" if isinstance(key, bool) else ""
+            raise ConfigError(f"{where}: settings are named by words, got {key!r}{bare}.")
     base = data.pop("base", None)
     if base is not None:
-        return _single(_base(base), data).override(**data)
+        return _single(_base(base, inside), data).override(**data)
     return build(Mixtures if "recipes" in data else Recipe, data, where)

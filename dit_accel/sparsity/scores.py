@@ -264,7 +264,9 @@ def channels(scene: Scene, config: ChannelScore) -> torch.Tensor:
     """
     tiling, device = scene.tiling, scene.q.device
     kept = max(round(config.share * scene.q.shape[-1]), 1)
-    weight = torch.linalg.vector_norm(scene.q * scene.k, 1, dim=1, dtype=torch.float32)  # [B, H, D]
+    products = scene.q * scene.k
+    wide = torch.promote_types(products.dtype, torch.float32)  # vector_norm narrows nothing
+    weight = torch.linalg.vector_norm(products, 1, dim=1, dtype=wide)  # [B, H, D]
     best = weight.topk(kept, dim=-1).indices[:, None]
     q, k = (x.gather(3, best.expand(-1, x.shape[1], -1, -1)) for x in (scene.q, scene.k))
     slots = runs_of(tiling, tiling.unit, device).slots

@@ -230,6 +230,28 @@ def test_the_shipped_mixture_runs_and_says_what_it_is(family: str) -> None:
     assert "auto mixes recipes: density 0.5 is asked of all calls after the dense steps together" in report.notes
 
 
+@pytest.mark.parametrize(
+    ("taken", "densities", "name", "said"),
+    [
+        (0.917, [], "mine", r"the cheapest choices measured take 0\.917, more than any recipe there was asked for"),
+        (0.917, [0.5], "mine", r"density 0\.5: the cheapest choices measured take 0\.917"),
+        (0.917, [0.95], "", "choose: name: string should have at least 1 character, got ''"),
+        (0.5, [1.5], "mine", r"choose: density: input should be less than or equal to 1, got 1\.5"),
+        (0.5, [-1], "mine", "choose: density: input should be greater than 0, got -1"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(
+    tmp_path: Path, taken: float, densities: list[float], name: str, said: str
+) -> None:
+    """A recipe that was asked for half of all pairs and took more, as rules with a least size do."""
+    store = Store(tmp_path / "rows.jsonl", SETUP)
+    (row,) = looked_into("draft", taken, lambda site, step: 0.1)
+    store.add(row.model_copy(update={"asked": 0.5}))
+    with pytest.raises(ConfigError, match=said):
+        Chosen.of(store.path, densities, name, 2, 1)
+    assert [one.recipe.total for one in Chosen.of(store.path, [0.95, 0.95], "mine", 2, 1).proposals] == [0.95]
+
+
 # -- tried ---
 @pytest.mark.parametrize(("psnr", "status"), [(22, "tried: +2.00 dB against draft@0.3"), (19, "so that is kept")])
 def test_a_mixture_that_was_no_better_when_tried_is_given_up(tmp_path: Path, psnr: float, status: str) -> None:
