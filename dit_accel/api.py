@@ -16,6 +16,7 @@ from .acceleration import Acceleration, refuse_if_live
 from .attend import autocast_dtype, cast, run
 from .call import AttentionCall, Site
 from .config import Profile, Recipe
+from .config.difference import first_difference
 from .errors import ConfigError, UnsupportedError, nearest
 from .layout import TokenLayout
 from .sparsity.plan import Plan
@@ -114,8 +115,13 @@ class AttentionState:
         """Return the planner of this state; a state belongs to one recipe."""
         if self._planner is None:
             self._planner = Planner(recipe)
-        if self._planner.recipe != recipe:
-            raise ConfigError(f"state: it belongs to recipe {self._planner.recipe.name!r}, not to {recipe.name!r}.")
+        if (own := self._planner.recipe) != recipe:
+            found = first_difference(own, recipe, sorted(Recipe.model_fields, key="name".__eq__))  # the name last
+            assert found is not None
+            raise ConfigError(
+                f"state: it belongs to recipe {own.name!r}, where {found[0]} is {found[1]}; "
+                f"in recipe {recipe.name!r} it is {found[2]}. Begin a run with a new state."
+            )
         return self._planner
 
 
@@ -181,7 +187,8 @@ def _attend(
     step = StepInfo(run=1, index=state.step, total=None, branch="0")
     state.step += 1
     call = AttentionCall(_PLAIN, step, layout, q, k, v, factor, stock=_never, key_bias=key_bias)
-    plan = Plan(q.shape[1], q.shape[1]) if recipe.density == 1 else state.planner(recipe).plan(call)
+    full = recipe.density == 1 or 0 in q.shape  # of no samples or heads nothing can be chosen
+    plan = Plan(q.shape[1], q.shape[1]) if full else state.planner(recipe).plan(call)
     if plan.dense:
         mask = None if key_bias is None else key_bias[:, :, None].to(q.dtype)
         heads = (x.transpose(1, 2) for x in (q, k, v))

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from .errors import ConfigError
+from .whole import three_whole, whole
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TokenLayout:
     """An ordered tuple of segments that covers the whole sequence of one attention call.
 
     Either `segments`, or the short form: one `grid` of (frames, height, width) tokens and `text` tokens
-    before it (`text_first=True`) or after it. Raises ConfigError on sizes below one.
+    before it (`text_first=True`) or after it. Raises ConfigError on sizes below one or that are not whole.
     """
 
     segments: tuple[Segment, ...]
@@ -69,22 +70,23 @@ class TokenLayout:
         if (segments is None) == (grid is None):
             raise ConfigError("TokenLayout: give either `segments` or `grid=(frames, height, width)`, not both.")
         if segments is None:
-            assert grid is not None
-            if len(grid) != 3:
-                raise ConfigError(f"TokenLayout.grid: expected (frames, height, width), got {grid!r}.")
+            cells: list[Segment] = [Grid(*three_whole(grid, "TokenLayout.grid", "(frames, height, width)"))]
+            text = whole(text, "TokenLayout.text")
             if text < 0:
                 raise ConfigError(f"TokenLayout.text: expected 0 or more tokens, got {text}.")
             words: list[Segment] = [Text(text)] if text else []
-            frames, height, width = (int(n) for n in grid)
-            cells: list[Segment] = [Grid(frames, height, width)]
             segments = words + cells if text_first else cells + words
+        elif text or not text_first:
+            raise ConfigError("TokenLayout: `text` and `text_first` go with `grid`; give a Text among the `segments`.")
         object.__setattr__(self, "segments", tuple(segments))
         self._check()
 
     def _check(self) -> None:
         for segment in self.segments:
+            if not isinstance(segment, Segment):
+                raise ConfigError(f"TokenLayout: a segment is a Text, Grid or Pad, got {segment!r}.")
             sizes = segment.shape if isinstance(segment, Grid) else (segment.length,)
-            if any(size < 1 for size in sizes):
+            if any(whole(size, f"TokenLayout: {segment}") < 1 for size in sizes):
                 raise ConfigError(f"TokenLayout: every size must be at least 1, got {segment}.")
         if not any(isinstance(segment, Grid) for segment in self.segments):
             raise ConfigError("TokenLayout: at least one Grid segment is needed.")

@@ -111,12 +111,16 @@ def join(
 ) -> None:
     """Put the rows of an eval's shares together, and their pictures."""
     from .shares import join as put
+    from .store import is_cut
 
     found = put(rows, output, force)
-    failed = sum(row.error is not None for row in found)
+    failed, cut = sum(row.error is not None for row in found), sum(map(is_cut, rows))
     if as_json:
-        print_json({"output": str(output), "rows": len(found), "failed": failed})
-    print(f"{output}: {len(found)} rows, {failed} of them failures", file=sys.stderr if as_json else sys.stdout)
+        print_json({"output": str(output), "rows": len(found), "failed": failed, "cut": cut})
+    without = f", {cut} cut short and left out" if cut else ""
+    print(
+        f"{output}: {len(found)} rows, {failed} of them failures{without}", file=sys.stderr if as_json else sys.stdout
+    )
 
 
 @app.command()

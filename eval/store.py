@@ -174,12 +174,7 @@ def load(path: Path) -> tuple[Setup, list[Row]]:
 
     A last line left unfinished is passed over.
     """
-    try:
-        raw = path.read_bytes()
-        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    lines = text.split("\n")[:-1]  # what follows the last newline is nothing, or half a row
+    lines = _text(path).split("\n")[:-1]  # what follows the last newline is nothing, or half a row
     if not lines:
         raise ConfigError(f"{path}: holds no rows.")
     setup = _parse(Setup, lines[0], path, 1)
@@ -187,6 +182,11 @@ def load(path: Path) -> tuple[Setup, list[Row]]:
         raise ConfigError(f"{path}: has format {setup.format}, this version reads {FORMAT}.")
     rows = [_parse(Row, line, path, number) for number, line in enumerate(lines[1:], 2)]
     return setup, list({row.key: row for row in rows}.values())
+
+
+def is_cut(path: Path) -> bool:
+    """Say whether a file of rows ends in an unfinished line, which `load` passes over. Raises ConfigError."""
+    return not _text(path).endswith("\n")
 
 
 def open_media(rows: Path, row: Row) -> Media | None:
@@ -216,6 +216,14 @@ def refuse_definition(path: Path, row: Row, definition: Mapping[str, Any], advic
     changed = _changed(_plain(row.definition), _plain(definition))
     if changed:
         raise ConfigError(f"{path}: {row.candidate} was measured with other settings ({changed}); {advice}.")
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
 
 
 def _parse(kind: Any, line: str, path: Path, number: int) -> Any:

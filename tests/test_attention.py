@@ -64,6 +64,32 @@ def test_float64_is_float32_nearly(name: str) -> None:
     torch.testing.assert_close(out.double(), wide, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", dit_accel.recipes())
+def test_nothing_in_nothing_out(name: str) -> None:
+    for shape in ((0, LAYOUT.length, 3, 16), (2, LAYOUT.length, 0, 16)):
+        empty = torch.zeros(shape)
+        out = dit_accel.attention(empty, empty, empty, layout=LAYOUT, recipe=name, density=0.5)
+        assert out.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe": "hilbert-ear", "density": 0.5}, "where select.density is 0.3; in recipe 'hilbert-ear' it is 0.5"),
+        ({"recipe": {"base": "hilbert-ear", "every": 3}}, "where every is 1; in recipe 'hilbert-ear' it is 3"),
+        ({"recipe": {"base": "hilbert-ear", "name": "mine"}}, "where name is hilbert-ear; in recipe 'mine' it is mine"),
+    ],
+)
+def test_a_state_of_another_recipe_names_what_differs(changes: dict[str, Any], said: str) -> None:
+    state = dit_accel.AttentionState()
+    rest: dict[str, Any] = {"layout": LAYOUT, "state": state, "density": 0.3}
+    dit_accel.attention(*qkv(), recipe="hilbert-ear", **rest)
+    dit_accel.attention(*qkv(), recipe="hilbert-ear", **rest)
+    with pytest.raises(ConfigError) as error:
+        dit_accel.attention(*qkv(), **{**rest, **changes})
+    assert said in str(error.value)
+
+
 def test_strided_inputs_need_no_copy() -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())
     assert not q.is_contiguous()

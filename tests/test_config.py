@@ -163,6 +163,15 @@ def test_a_file_that_is_its_own_base_is_named(tmp_path: Path, first: str, second
         ({"grid": (1, 4, 4), "text": -1}, "0 or more"),
         ({"segments": [Text(4)]}, "at least one Grid"),
         ({"segments": [Text(0), Grid(1, 1, 1)]}, "at least 1"),
+        ({"grid": (1, 4, 4), "text": 1.5}, "TokenLayout.text: expected a whole number, got 1.5"),
+        ({"grid": (1, 16.5, 16)}, "expected (frames, height, width) as three whole numbers, got (1, 16.5, 16)"),
+        ({"grid": "a"}, "as three whole numbers, got 'a'"),
+        ({"grid": 5}, "as three whole numbers, got 5"),
+        ({"segments": [Grid(1, 4, 4)], "text": 5}, "`text` and `text_first` go with `grid`"),
+        ({"segments": [Grid(1, 4, 4)], "text_first": False}, "`text` and `text_first` go with `grid`"),
+        ({"segments": [Text(1.5), Grid(1, 4, 4)]}, "TokenLayout: Text(length=1.5): expected a whole number, got 1.5"),
+        ({"segments": [3, Grid(1, 4, 4)]}, "a segment is a Text, Grid or Pad, got 3"),
+        ({"segments": [Grid(1, 4, 4), "ab"]}, "a segment is a Text, Grid or Pad, got 'ab'"),
     ],
 )
 def test_bad_layouts_are_named(arguments: dict[str, Any], message: str) -> None:

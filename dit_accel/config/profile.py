@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..output import write_whole
 from .base import Config, Count, Share
 from .check import build
+from .difference import first_difference
 from .files import read_file
 from .heads import HeadChoice
 from .recipe import AXES, Recipe
@@ -112,16 +113,13 @@ class Profile(Config, frozen=True):
     def check_recipe(self, recipe: Recipe, where: str = "profile") -> None:
         """Raise ConfigError unless the axes of a recipe are those that the profile was made with."""
         unasked = ("order", "score", "select") if self.recipe.heads and recipe.heads else ()
-        for name in ("heads", "search", *AXES, "cases", "decide_layers"):
-            if name in unasked:
-                continue
-            found = _difference(name, _plain(getattr(self.recipe, name)), _plain(getattr(recipe, name)))
-            if found is not None:
-                path, there, here = found
-                raise ConfigError(
-                    f"{where}: made with recipe {self.recipe.name!r}, where {path} is {there}; "
-                    f"in recipe {recipe.name!r} it is {here}."
-                )
+        names = [name for name in ("heads", "search", *AXES, "cases", "decide_layers") if name not in unasked]
+        if (found := first_difference(self.recipe, recipe, names)) is not None:
+            path, there, here = found
+            raise ConfigError(
+                f"{where}: made with recipe {self.recipe.name!r}, where {path} is {there}; "
+                f"in recipe {recipe.name!r} it is {here}."
+            )
 
     # -- files ----------------------------------------------------------------------------------------------------
     @classmethod
@@ -161,26 +159,3 @@ def _written(value: Any) -> str:
         return json.dumps(value)
     lines = [f"    {json.dumps(key)}: {json.dumps(its, ensure_ascii=False)}" for key, its in value.items()]
     return "{\n" + ",\n".join(lines) + "\n  }"
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, Config) else value
-
-
-def _difference(path: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
-    """Return the first setting in which two recipes differ, and what it is in both."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("kind") == here.get("kind"):
-        pairs = [(key, there.get(key), here.get(key)) for key in {**there, **here}]
-    elif isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(there, here, strict=True))]
-    else:
-        return None if there == here else (path, _short(there), _short(here))
-    found = (_difference(f"{path}.{key}", a, b) for key, a, b in pairs)
-    return next((one for one in found if one is not None), None)
-
-
-def _short(value: Any) -> Any:
-    if value is None or isinstance(value, Mapping):
-        return value.get("kind", "set") if value else "not set"
-    long = isinstance(value, tuple) and (len(value) > 4 or any(isinstance(part, Mapping) for part in value))
-    return f"{len(value)} long" if long else value

@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from dit_accel.errors import ConfigError
 from dit_accel.eval.shares import Share, join
-from dit_accel.eval.store import Row, load, open_media
+from dit_accel.eval.store import Row, Setup, Store, load, open_media
 
 Evaluate = Callable[..., Result]
 FEW = ("--recipe", "draft", "--recipe", "oracle", "--recipe", "grat-b", "--density", 0.5, "--no-rivals", "--no-floors")
@@ -57,7 +57,7 @@ def test_joined_shares_are_the_whole_study(evaluate: Evaluate, cli: Evaluate, tm
         ["oracle@0.5", "reference"],
     ]
     result = cli("join", *files, "-o", output, "--json")
-    assert json.loads(result.stdout) == {"output": str(output), "rows": 8, "failed": 0}
+    assert json.loads(result.stdout) == {"output": str(output), "rows": 8, "failed": 0, "cut": 0}
     setup, rows = load(output)
     assert setup == load(one)[0]
     assert {row.key: told(row) for row in rows} == {row.key: told(row) for row in load(one)[1]}
@@ -91,6 +91,23 @@ def test_a_row_that_failed_gives_way(evaluate: Evaluate, cli: Evaluate, tmp_path
         assert cli("join", *files, "-o", output).exit_code == 0
         assert not [row for row in load(output)[1] if row.error]
         assert len(load(output)[1]) == 8
+
+
+def test_rows_that_were_cut_are_counted(cli: Evaluate, tmp_path: Path) -> None:
+    setup = Setup(model="m", settings={}, dtype="float32", device="cpu", dense_steps=0, dense_layers=0, versions={})
+    files = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for file in files:
+        for prompt in ("a cat", "a dog"):
+            Store(file, setup).add(Row(candidate=file.stem, family="recipe", definition={}, prompt=prompt, seed=0))
+    whole = cli("join", *files, "-o", tmp_path / "whole.jsonl")
+    assert whole.stdout.rstrip().endswith("whole.jsonl: 4 rows, 0 of them failures")
+    files[1].write_text(files[1].read_text()[:-9])
+    cut = cli("join", *files, "-o", tmp_path / "cut.jsonl", "--json")
+    assert cut.stderr.rstrip().endswith("cut.jsonl: 3 rows, 0 of them failures, 1 cut short and left out")
+    assert json.loads(cut.stdout)["cut"] == 1
+    assert [row.key for row in load(tmp_path / "cut.jsonl")[1]] == [
+        ("a", "a cat", 0), ("b", "a cat", 0), ("a", "a dog", 0)
+    ]  # fmt: skip
 
 
 def test_attention_is_looked_into_for_as_many_prompts_as_asked(evaluate: Evaluate, tmp_path: Path) -> None:
