@@ -177,6 +177,15 @@ def test_unreachable_density_is_said_in_plain_words(name: str) -> None:
     assert float(plan.density()) == pytest.approx(0.8125)
 
 
+@pytest.mark.parametrize(("name", "least"), [("jenga", 0.25), ("rectified", 0.2)])
+def test_a_floor_of_each_row_above_the_density_is_said(name: str, least: float) -> None:
+    layout = TokenLayout(grid=(1, 40, 40), text=16)
+    plan, *_ = planned(small(name, 0.15), layout)
+    assert f"asked density 0.15: text, the kept blocks and the least of {least:g} of each row take up to" in plan.note
+    assert least < float(plan.density()) <= float(plan.note.split()[-1]) + 0.005
+    assert planned(small(name, 0.3), layout)[0].note == ""
+
+
 @pytest.mark.parametrize("order", ["raster", "hilbert", "tile"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_any_order_gives_exact_attention_on_its_mask(order: str, layout: TokenLayout) -> None:

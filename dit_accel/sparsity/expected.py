@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..config import AgentSelect, ImportanceOrder, KMeansOrder, Recipe
+from ..config import AgentSelect, ImportanceOrder, KMeansOrder, Recipe, TopPSelect
 from ..layout import TokenLayout
 from . import content, papers, shapes
 from .decide import grid_share, keep_mask, option, tiling_for
@@ -47,6 +47,11 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
             f"asked density {asked:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
             f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
         )
+    floor = _row_floor(recipe)
+    most = least + floor * (cells / layout.length) ** 2
+    if most > 1.2 * asked:
+        parts = f"text, the kept blocks and the least of {floor:g} of each row"
+        return f"asked density {asked:g}: {parts} take up to {most:.2f}"
     units = _key_units(recipe, layout)
     options = recipe.heads.options if recipe.heads else (recipe,)
     step = 1.0 if any(o.select.kind == "lines" for o in options) else 0.5  # half a unit, or a whole line of them
@@ -85,6 +90,14 @@ def plan_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
 def joined(*notes: str) -> str:
     """Return the notes that say something as one."""
     return "; ".join(note for note in notes if note)
+
+
+def _row_floor(recipe: Recipe) -> float:
+    """Return the share of each row that top-p takes whatever the density, as the mean over heads."""
+    if recipe.heads is not None or not isinstance(recipe.select, TopPSelect):
+        return 0.0
+    least = recipe.select.least
+    return sum(least) / len(least) if isinstance(least, tuple) else least
 
 
 def _listed(sizes: list[float]) -> str:
