@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
 
 import dit_accel
+from dit_accel import api
 from dit_accel.call import AttentionCall
 from dit_accel.config import Recipe
 from dit_accel.hosts import all_families, family_of
@@ -149,11 +153,34 @@ def test_sites_are_the_self_attentions_only() -> None:
 
 
 def test_every_family_class_exists_in_diffusers() -> None:
-    import diffusers
-
     for family in all_families():
         for name in family.classes:
             assert hasattr(diffusers, name), name
+
+
+@pytest.fixture
+def unwarned() -> Iterator[None]:
+    """The warning comes once a process: let it come here, and again after this."""
+    api._warn_of_untested_diffusers.cache_clear()
+    yield
+    api._warn_of_untested_diffusers.cache_clear()
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize(("version", "warned"), [("0.42.3", 0), ("0.40.0", 0), ("0.43.0.dev0", 1), ("1.0", 1)])
+def test_a_diffusers_newer_than_the_tested_one_is_warned_of_once(
+    version: str, warned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "TESTED_DIFFUSERS", (0, 42))
+    monkeypatch.setattr(diffusers, "__version__", version)
+    model = tiny.flux_transformer()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            dit_accel.accelerate(model, SPARSE).restore()
+    about = [str(w.message) for w in seen if w.filename == __file__]
+    assert len(about) == warned
+    assert all(f"tested with diffusers up to 0.42, this is {version}" in message for message in about)
 
 
 def test_subclass_of_a_known_transformer_is_found() -> None:

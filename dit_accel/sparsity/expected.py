@@ -98,7 +98,7 @@ def _floor(recipe: Recipe, layout: TokenLayout) -> float:
     select = recipe.select
     if recipe.heads is not None or not isinstance(select, TopPSelect | ErrorSelect):
         return 0.0
-    least = max(select.least) if isinstance(select.least, tuple) else select.least
+    least = sum(select.least) / len(select.least) if isinstance(select.least, tuple) else select.least  # of heads
     if isinstance(select, TopPSelect):
         return least
     return min(least, grid_share(layout, select.density or 0.0) / 2)
