@@ -24,7 +24,7 @@ from dit_accel.sparsity.recipes import resolve
 from dit_accel.step import StepInfo
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
-NAMES = [name for name, recipe in dit_accel.recipes().items() if not recipe.adaptive]
+NAMES = list(dit_accel.recipes())
 LAYOUT = TokenLayout(grid=(4, 16, 24), text=7)
 
 

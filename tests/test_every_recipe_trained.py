@@ -1,4 +1,4 @@
-"""Every recipe on the two trained demo models: odd grids, batch 2, guidance on, density .3."""
+"""Every recipe on the two trained demo models: odd grids, batch 2, guidance on, density .3 or a preset's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from diffusers import FluxPipeline, WanPipeline
 import dit_accel
 
 pytestmark = pytest.mark.full
-NAMES = [name for name, recipe in dit_accel.recipes().items() if not recipe.adaptive]
+NAMES = list(dit_accel.recipes())
+ASKED = dict.fromkeys(NAMES, 0.3) | {"balanced": 0.2, "fast": 0.1}
+# Bands, neighbours and own units of 128 tokens are too coarse on grids of seven of them.
+FINE = ("radial", "jenga", "svg1", "sparse-vdit", "rectified", "delta", "rettention", "fast")
+# What may miss by more than a fifth, why, and its own bounds.
+MISSES = {
+    ("jenga", "clips"): ("a quarter of each row beside the blocks that touch on three axes", 0.3, 0.4),
+    ("radial", "clips"): ("its nearest size: beyond the next frame only every n-th distance is kept", 0.3, 0.45),
+}
 PROMPTS = ["taco, noto style", "owl, twemoji style"]
 CLIPS = ["a taco sliding left, noto style", "an owl bouncing, twemoji style"]
 
@@ -38,16 +46,24 @@ def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
     return pipe(**call, num_inference_steps=5, generator=rng, output_type="latent", return_dict=False)[0]
 
 
+@lru_cache(maxsize=2)
+def stock(model: Any) -> torch.Tensor:
+    return latents(*model())
+
+
 @pytest.mark.parametrize("model", [pictures, clips])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_generates_at_the_density_that_was_asked(name: str, model: Any) -> None:
     pipe, call = model()
     pipe.set_progress_bar_config(disable=True)
-    with dit_accel.accelerate(pipe, name, density=0.3, dense_steps=0.2) as handle:
+    untouched, fine = stock(model), {"block_q": 16, "block_k": 16} if name in FINE else {}
+    with dit_accel.accelerate(pipe, name, density=ASKED[name], dense_steps=0.2, **fine) as handle:
         made = latents(pipe, call)
         report = handle.report()
-    why = [note for note in report.notes if "asked density" in note]
-    print(name, model.__name__, round(report.density, 3), *why)
+    print(name, model.__name__, round(report.density, 3), *report.notes)
     assert torch.isfinite(made).all()
+    assert (made - untouched).abs().mean() > 1e-2  # of a deviation of 1; rounding is a thousandth of that
     assert report.sparse_calls > 0
-    assert abs(report.density / 0.3 - 1) <= 0.2 or why, report
+    assert report.density < 0.9, report
+    _, low, high = MISSES.get((name, model.__name__), ("", 0.8 * ASKED[name], 1.2 * ASKED[name]))
+    assert low <= report.density <= high, report

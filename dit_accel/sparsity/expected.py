@@ -50,8 +50,8 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     floor = _floor(recipe, layout)
     if least + floor * (cells / layout.length) ** 2 > 1.2 * asked:  # where no row's best are among the kept
         return (
-            f"asked density {asked:g}: each row takes at least {floor:g} of its units for their score, beside "
-            "kept ones; set a lower `least`"
+            f"asked density {asked:g}: each row takes at least {floor:g} of its units for their score, "
+            "beside kept ones; set a lower `least`"
         )
     units = _key_units(recipe, layout)
     options = recipe.heads.options if recipe.heads else (recipe,)
