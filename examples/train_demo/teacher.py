@@ -1,7 +1,8 @@
 """Guidance built into the weights: a frozen copy of the model shows where its own guided prediction points.
 
 Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) away from the caption that names the concept alone, so
-that it is the style that gains, distilled at one scale (as Meng et al. 2023, arXiv 2210.03142, do at all).
+that it is the style that gains, distilled at one scale (as Meng et al. 2023, arXiv 2210.03142, do at all), and only
+below the highest noise, where it takes the thing with it (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import copy
 from typing import Any
 
 import torch
-from captions import CONCEPT_ONLY, FREE
+from captions import CONCEPT_ONLY
 from torch import nn
+
+GUIDED_BELOW = 0.9  # times, 1 is noise
 
 
 class Teacher:
@@ -24,12 +27,12 @@ class Teacher:
             parameter.data = averaged[name].to(parameter.dtype, copy=True)
 
     @torch.no_grad()
-    def guided(self, target: torch.Tensor, captions: torch.Tensor, named: torch.Tensor, call: Any) -> torch.Tensor:
-        """Return the loss's target, moved for samples whose caption names concept and style, [B, tokens, channels].
+    def guided(self, times: torch.Tensor, captions: torch.Tensor, call: Any) -> torch.Tensor:
+        """Return what a model that names concept and style should predict, [B, tokens, channels].
 
-        `captions` [B] are the variants drawn; `named` bool [B]; `call(model, captions)` predicts with other captions.
+        `times` [B]; `captions` [B] are the variants drawn; `call(model, captions)` predicts with other captions.
         """
         full = call(self.model, captions).float()
         without = call(self.model, torch.full_like(captions, CONCEPT_ONLY)).float()
-        both = named & ((captions == 0) | (captions >= FREE))
-        return torch.where(both[:, None, None], without + self.scale * (full - without), target)
+        scale = torch.where(times < GUIDED_BELOW, self.scale, 1.0)
+        return without + scale[:, None, None] * (full - without)

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import LENGTH, OTHER, UNK, Reads, build_tokenizers, build_vocabulary, encode, variant_shares, variants
+from captions import (
+    FREE,
+    LENGTH,
+    OTHER,
+    UNK,
+    Reads,
+    build_tokenizers,
+    build_vocabulary,
+    encode,
+    variant_shares,
+    variants,
+)
 from data import STYLES, UNNAMED, Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
@@ -31,7 +42,8 @@ from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
 EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
-SWAP_SHARE = 0.3  # of the noisy pictures: another style's picture of the same thing below the noise
+DREAM_SHARE = 0.15  # of the pairs of a guided stage: ones without a picture, learnt from the teacher alone
+SWAP_SHARE = 0.5  # of the noisy pictures: another style's picture of the same thing below the noise
 SWAP_FROM = 0.5  # only at times from here on, where the noise still hides details
 DECAY_SHARE = 0.55
 
@@ -105,16 +117,17 @@ class Data:
 
     latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents, those of the unnamed pictures last
     named: int
-    others: torch.Tensor  # [pictures, styles - 1]: the same thing in the other styles trained
-    clip_tokens: torch.Tensor  # [pictures, variants, tokens]
+    pictures: int  # the pairs after them have none
+    others: torch.Tensor  # [pairs, styles - 1]: the pictures of the same thing in the other styles
+    clip_tokens: torch.Tensor  # [pairs, variants, tokens]
     t5_tokens: torch.Tensor
     shares: torch.Tensor  # of the caption variants
 
 
-def other_styles(pairs: list[Pair]) -> torch.Tensor:
-    """For every picture the places of the same thing in other styles, repeated to a full row [pictures, styles - 1]."""
+def other_styles(pairs: list[Pair], pictures: int) -> torch.Tensor:
+    """For every pair the places of the same thing's other pictures, repeated to a full row [pairs, styles - 1]."""
     places: dict[tuple[bool, int], list[int]] = {}
-    for i, pair in enumerate(pairs):
+    for i, pair in enumerate(pairs[:pictures]):
         places.setdefault((pair.label == UNNAMED, pair.concept), []).append(i)
     rows = []
     for i, pair in enumerate(pairs):
@@ -124,9 +137,16 @@ def other_styles(pairs: list[Pair]) -> torch.Tensor:
 
 
 def build_data(
-    pairs: list[Pair], vocabulary: dict[str, int], clip_reads: Reads, latents: dict[int, torch.Tensor], group: Group
+    trained: list[Pair],
+    missing: list[Pair],
+    vocabulary: dict[str, int],
+    clip_reads: Reads,
+    latents: dict[int, torch.Tensor],
+    group: Group,
 ) -> Data:
-    named = sum(pair.label != UNNAMED for pair in pairs)
+    """What is drawn from: trained pairs, named ones first, and those whose pictures are not there."""
+    pairs = trained + missing
+    named = sum(pair.label != UNNAMED for pair in trained)
     texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
     # who reads the style alone must not see which pictures are unnamed
     styles = [text.replace(UNK, "") for text in texts]
@@ -135,8 +155,9 @@ def build_data(
         encode(tokenizer, styles if reads == "style" else texts, LENGTH).view(len(pairs), -1, LENGTH)
         for tokenizer, reads in tokenizers
     )
-    others = other_styles(pairs).to(group.device)
-    return Data(latents, named, others, clip.to(group.device), t5.to(group.device), variant_shares().to(group.device))
+    others = other_styles(pairs, len(trained)).to(group.device)
+    tokens = clip.to(group.device), t5.to(group.device)
+    return Data(latents, named, len(trained), others, *tokens, variant_shares().to(group.device))
 
 
 def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype) -> torch.Tensor:
@@ -152,25 +173,27 @@ def draw_times(count: int, pixels: int, device: torch.device) -> torch.Tensor:
     return torch.where(torch.rand_like(times) < UNIFORM_SHARE, torch.rand_like(times), shifted)
 
 
-def draw_pictures(data: Data, batch: int) -> torch.Tensor:
-    """Places of named pictures and, for their share, of unnamed ones."""
-    device, count = data.clip_tokens.device, len(data.clip_tokens)
-    named = torch.randint(data.named, (batch,), device=device)
-    if count == data.named:
-        return named
-    extra = torch.randint(data.named, count, (batch,), device=device)
-    return torch.where(torch.rand(batch, device=device) < EXTRA_SHARE, extra, named)
+def draw_pairs(data: Data, batch: int, dream: bool) -> torch.Tensor:
+    """Places of named pictures and, for their shares, of unnamed ones and of pairs without a picture."""
+    device = data.clip_tokens.device
+    pairs = torch.randint(data.named, (batch,), device=device)
+    shares = (EXTRA_SHARE, data.named, data.pictures), (DREAM_SHARE * dream, data.pictures, len(data.clip_tokens))
+    for share, first, end in shares:
+        if end > first:
+            other = torch.randint(first, end, (batch,), device=device)
+            pairs = torch.where(torch.rand(batch, device=device) < share, other, pairs)
+    return pairs
 
 
 def draw_below(data: Data, pairs: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Places of the pictures to put below the noise: a share of them another style's.
+    """Places of the pictures to put below the noise: a share of them another style's, all for pairs without one.
 
     The caption's style then contradicts what shows through, so that the model learns to draw what it sees in the
     style that it reads, on the unnamed pictures too, where no name tells it the result.
     """
     other = data.others[pairs, torch.randint(data.others.shape[1], pairs.shape, device=pairs.device)]
     swap = (torch.rand_like(times) < SWAP_SHARE) & (times >= SWAP_FROM)
-    return torch.where(swap, other, pairs)
+    return torch.where(swap | (pairs >= data.pictures), other, pairs)
 
 
 def is_text_layer(name: str) -> bool:
@@ -188,22 +211,26 @@ def loss_of(
     """Rectified-flow loss of one batch, toward the teacher's guided prediction where there is one."""
     clean = data.latents[kind.pixels]
     device, batch = clean.device, kind.batch
-    pairs = draw_pictures(data, batch)
+    pairs = draw_pairs(data, batch, dream=teacher is not None)
+    dreamt = pairs >= data.pictures
     times = draw_times(batch, kind.pixels, device)
-    captions = torch.multinomial(data.shares, batch, replacement=True)
-    x0 = clean[pairs].float()
+    times = torch.where(dreamt, SWAP_FROM + (1 - SWAP_FROM) * times, times)
+    captions = torch.multinomial(data.shares, batch, replacement=True).masked_fill(dreamt, 0)
+    below = draw_below(data, pairs, times)
+    x0 = clean[torch.where(dreamt, below, pairs)].float()
     noise = torch.randn_like(x0)
     t = times[:, None, None]
-    below = clean[draw_below(data, pairs, times)].float()
-    noisy = torch.lerp(below, noise, t).to(clean.dtype)
+    seen = clean[below].float()
+    noisy = torch.lerp(seen, noise, t).to(clean.dtype)
 
     def predict(network: Model, variants: torch.Tensor) -> torch.Tensor:
         text = network.read(data.clip_tokens[pairs, variants], pad(data.t5_tokens[pairs, variants], length))
         return network(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
 
-    target = noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (below - x0)  # (noisy - x0) / t
+    target = noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (seen - x0)  # (noisy - x0) / t
     if teacher is not None:
-        target = teacher.guided(target, captions, pairs < data.named, predict)
+        named = (pairs < data.named) & ((captions == 0) | (captions >= FREE))  # concept and style
+        target = torch.where((named | dreamt)[:, None, None], teacher.guided(times, captions, predict), target)
     return F.mse_loss(predict(model, captions).float(), target)
 
 
@@ -321,13 +348,14 @@ def main() -> None:
     pairs = load_pairs(args.data)
     vocabulary = build_vocabulary(pairs)
     trained = [p for p in pairs if not p.held_out][: args.pictures]
+    missing = [p for p in pairs if p.held_out and any(p.concept == other.concept for other in trained)]
     trained += load_pairs(args.data, "extras.json")[: args.pictures]
     pictures = load_pictures(trained).to(group.device)
     vae = prepare_vae(args, pictures, shape, group)
     names = args.stages.split(",")
     sizes = sorted({kind.pixels for name in names for kind in STAGES[name].kinds})
     latents = {s: scaled_latents(vae, pictures, s, dtype) for s in sizes}
-    data = build_data(trained, vocabulary, args.clip_reads, latents, group)
+    data = build_data(trained, missing, vocabulary, args.clip_reads, latents, group)
 
     model = Model(shape, len(vocabulary)).to(group.device)
     group.copy_main_([p.data for p in model.parameters()])
