@@ -28,6 +28,7 @@ from captions import (
     variant_shares,
     variants,
 )
+from classifier import move
 from data import STYLES, UNNAMED, Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
@@ -41,7 +42,8 @@ from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
-EXTRA_SHARE = 0.3  # of the pictures: unnamed ones, from which style is learnt apart from any concept
+EXTRA_SHARE = 0.4  # of the pictures: unnamed ones, from which style is learnt apart from any concept
+VIEWS = 5  # of every unnamed picture, the first of them as it is
 DREAM_SHARE = 0.15  # of the pairs of a guided stage: ones without a picture, learnt from the teacher alone
 SWAP_SHARE = 0.5  # of the noisy pictures: another style's picture of the same thing below the noise
 SWAP_FROM = 0.5  # only at times from here on, where the noise still hides details
@@ -115,13 +117,21 @@ class Model(nn.Module):
 class Data:
     """Everything a batch is drawn from, on the device."""
 
-    latents: dict[int, torch.Tensor]  # pixels -> packed, scaled latents, those of the unnamed pictures last
+    latents: dict[
+        int, torch.Tensor
+    ]  # pixels -> packed, scaled latents: of named pictures, then each view of the others
     named: int
     pictures: int  # the pairs after them have none
+    views: int  # of every unnamed picture
     others: torch.Tensor  # [pairs, styles - 1]: the pictures of the same thing in the other styles
     clip_tokens: torch.Tensor  # [pairs, variants, tokens]
     t5_tokens: torch.Tensor
     shares: torch.Tensor  # of the caption variants
+
+    def clean(self, pixels: int, pairs: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """Latents of pictures, of unnamed ones in the views asked for [B, tokens, channels]."""
+        extra = self.pictures - self.named
+        return self.latents[pixels][torch.where(pairs < self.named, pairs, pairs + views * extra)].float()
 
 
 def other_styles(pairs: list[Pair], pictures: int) -> torch.Tensor:
@@ -156,13 +166,21 @@ def build_data(
         for tokenizer, reads in tokenizers
     )
     others = other_styles(pairs, len(trained)).to(group.device)
+    views = 1 if len(trained) == named else (len(next(iter(latents.values()))) - named) // (len(trained) - named)
     tokens = clip.to(group.device), t5.to(group.device)
-    return Data(latents, named, len(trained), others, *tokens, variant_shares().to(group.device))
+    return Data(latents, named, len(trained), views, others, *tokens, variant_shares().to(group.device))
 
 
 def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype) -> torch.Tensor:
     latents = (encode_all(vae, pictures, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
     return pack(latents).to(dtype)
+
+
+def moved(pictures: torch.Tensor) -> torch.Tensor:
+    """Zoomed, shifted, turned and mirrored at random, uint8 [N, 3, side, side]; the styles of one thing alike."""
+    things = pictures.unflatten(0, (-1, len(STYLES))).flatten(1, 2)
+    parts = [(move(part / 255, (0.8, 1.15), 0.1, 15) * 255).round().byte() for part in things.split(128)]
+    return torch.cat(parts).unflatten(1, (len(STYLES), -1)).flatten(0, 1)
 
 
 def draw_times(count: int, pixels: int, device: torch.device) -> torch.Tensor:
@@ -209,19 +227,19 @@ def loss_of(
     model: Model, teacher: Teacher | None, data: Data, kind: Kind, length: int, ids: torch.Tensor
 ) -> torch.Tensor:
     """Rectified-flow loss of one batch, toward the teacher's guided prediction where there is one."""
-    clean = data.latents[kind.pixels]
-    device, batch = clean.device, kind.batch
+    device, dtype, batch = ids.device, data.latents[kind.pixels].dtype, kind.batch
     pairs = draw_pairs(data, batch, dream=teacher is not None)
     dreamt = pairs >= data.pictures
+    views = torch.randint(data.views, (batch,), device=device)
     times = draw_times(batch, kind.pixels, device)
     times = torch.where(dreamt, SWAP_FROM + (1 - SWAP_FROM) * times, times)
     captions = torch.multinomial(data.shares, batch, replacement=True).masked_fill(dreamt, 0)
     below = draw_below(data, pairs, times)
-    x0 = clean[torch.where(dreamt, below, pairs)].float()
+    x0 = data.clean(kind.pixels, torch.where(dreamt, below, pairs), views)
     noise = torch.randn_like(x0)
     t = times[:, None, None]
-    seen = clean[below].float()
-    noisy = torch.lerp(seen, noise, t).to(clean.dtype)
+    seen = data.clean(kind.pixels, below, views)
+    noisy = torch.lerp(seen, noise, t).to(dtype)
 
     def predict(network: Model, variants: torch.Tensor) -> torch.Tensor:
         text = network.read(data.clip_tokens[pairs, variants], pad(data.t5_tokens[pairs, variants], length))
@@ -349,9 +367,12 @@ def main() -> None:
     vocabulary = build_vocabulary(pairs)
     trained = [p for p in pairs if not p.held_out][: args.pictures]
     missing = [p for p in pairs if p.held_out and any(p.concept == other.concept for other in trained)]
-    trained += load_pairs(args.data, "extras.json")[: args.pictures]
+    extras = load_pairs(args.data, "extras.json")[: args.pictures]
+    trained += extras
     pictures = load_pictures(trained).to(group.device)
     vae = prepare_vae(args, pictures, shape, group)
+    unnamed = pictures[len(trained) - len(extras) :]
+    pictures = torch.cat([pictures, *(moved(unnamed) for _ in range(VIEWS - 1))])
     names = args.stages.split(",")
     sizes = sorted({kind.pixels for name in names for kind in STAGES[name].kinds})
     latents = {s: scaled_latents(vae, pictures, s, dtype) for s in sizes}
