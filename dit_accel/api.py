@@ -162,6 +162,8 @@ def attention(
         raise ConfigError(
             f"attention: expected q, k, v alike as [B, S, H, D], got {[tuple(x.shape) for x in (q, k, v)]}."
         )
+    if q.shape[3] == 0:
+        raise ConfigError(f"attention: heads must be at least one wide, got q, k, v of {list(q.shape)}.")
     if q.shape[1] != layout.length:
         raise ConfigError(f"attention: q has {q.shape[1]} tokens, but the layout {layout} has {layout.length}.")
     _check_bias(key_bias, q)

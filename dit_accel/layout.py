@@ -78,6 +78,8 @@ class TokenLayout:
             segments = words + cells if text_first else cells + words
         elif text or not text_first:
             raise ConfigError("TokenLayout: `text` and `text_first` go with `grid`; give a Text among the `segments`.")
+        if not isinstance(segments, Sequence):
+            raise ConfigError(f"TokenLayout: expected a sequence of Text, Grid and Pad, got {segments!r}.")
         object.__setattr__(self, "segments", tuple(segments))
         self._check()
 

@@ -104,6 +104,7 @@ def test_strided_inputs_need_no_copy() -> None:
         ({"recipe": "grot"}, "Did you mean 'grat'"),
         ({"density": 3}, "density: input should be less than or equal to 1"),
         ({"q": torch.zeros(2, 126, 16)}, r"\[B, S, H, D\]"),
+        (dict.fromkeys("qkv", torch.zeros(2, 126, 3, 0)), "heads must be at least one wide"),
     ],
 )
 def test_bad_calls_are_named(change: dict[str, Any], message: str) -> None:

@@ -170,6 +170,7 @@ def test_a_file_that_is_its_own_base_is_named(tmp_path: Path, first: str, second
         ({"segments": [Grid(1, 4, 4)], "text": 5}, "`text` and `text_first` go with `grid`"),
         ({"segments": [Grid(1, 4, 4)], "text_first": False}, "`text` and `text_first` go with `grid`"),
         ({"segments": [Text(1.5), Grid(1, 4, 4)]}, "TokenLayout: Text(length=1.5): expected a whole number, got 1.5"),
+        ({"segments": 5}, "expected a sequence of Text, Grid and Pad, got 5"),
         ({"segments": [3, Grid(1, 4, 4)]}, "a segment is a Text, Grid or Pad, got 3"),
         ({"segments": [Grid(1, 4, 4), "ab"]}, "a segment is a Text, Grid or Pad, got 'ab'"),
     ],
