@@ -15,6 +15,9 @@ from captions import CONCEPT_ONLY
 from torch import nn
 
 GUIDED_BELOW = 0.9  # times, 1 is noise
+STYLE_BELOW = (
+    0.7  # of pairs without a picture: above, style only blurs how the thing is laid out, which it learnt elsewhere
+)
 
 
 class Teacher:
@@ -27,12 +30,14 @@ class Teacher:
             parameter.data = averaged[name].to(parameter.dtype, copy=True)
 
     @torch.no_grad()
-    def guided(self, times: torch.Tensor, captions: torch.Tensor, call: Any) -> torch.Tensor:
+    def guided(self, times: torch.Tensor, captions: torch.Tensor, dreamt: torch.Tensor, call: Any) -> torch.Tensor:
         """Return what a model that names concept and style should predict, [B, tokens, channels].
 
-        `times` [B]; `captions` [B] are the variants drawn; `call(model, captions)` predicts with other captions.
+        `times` [B]; `captions` [B] are the variants drawn; `dreamt` bool [B]: pairs without a picture;
+        `call(model, captions)` predicts with other captions.
         """
         full = call(self.model, captions).float()
         without = call(self.model, torch.full_like(captions, CONCEPT_ONLY)).float()
         scale = torch.where(times < GUIDED_BELOW, self.scale, 1.0)
+        scale = scale.masked_fill(dreamt & (times >= STYLE_BELOW), 0.0)
         return without + scale[:, None, None] * (full - without)

@@ -248,7 +248,7 @@ def loss_of(
     target = noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (seen - x0)  # (noisy - x0) / t
     if teacher is not None:
         named = (pairs < data.named) & ((captions == 0) | (captions >= FREE))  # concept and style
-        target = torch.where((named | dreamt)[:, None, None], teacher.guided(times, captions, predict), target)
+        target = torch.where((named | dreamt)[:, None, None], teacher.guided(times, captions, dreamt, predict), target)
     return F.mse_loss(predict(model, captions).float(), target)
 
 
