@@ -76,7 +76,7 @@ def test_packed_tiles_are_full_where_tiles_fit_and_few_where_not(size: orders.Sh
     print(f"seed {seed}")
     random = [tuple(int(n) for n in row) for row in np.random.default_rng(seed).integers(1, 60, (12, 3))]
     most = int(np.prod(size))
-    for grid in [(21, 30, 52), (21, 45, 80), (33, 45, 80), *random]:
+    for grid in [(21, 30, 52), (21, 45, 80), (33, 45, 80), (28, 37, 29), *random]:
         size_here = tuple(min(s, g) for s, g in zip(size, grid, strict=True))
         pieces = orders.packed(grid, (size_here[0], size_here[1], size_here[2]))
         lengths, limit = [len(piece) for piece in pieces], int(np.prod(size_here))

@@ -7,11 +7,15 @@ will share blocks. Every order works on any grid; ragged units are simply shorte
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import permutations
 
 import numpy as np
 
 from . import curves
 from .curves import Array, Shape
+
+Box = tuple[slice, ...]
 
 
 def runs(sequence: Array, length: int) -> list[Array]:
@@ -40,18 +44,43 @@ def tile(grid: Shape, size: Shape, dilation: Shape = (1, 1, 1)) -> list[Array]:
 def packed(grid: Shape, size: Shape) -> list[Array]:
     """Cut the grid into tiles of `size` where they fit whole, and each border into tiles of its own best shape.
 
-    What a tile leaves over on an axis would be a slice of small tiles, each in a kernel block of its own that is
-    mostly empty: 336 blocks of 128 slots for 21 x 30 x 52 tokens in tiles of 1 x 8 x 16, where 256 would hold them.
+    Which border takes the corners is tried out: the way with fewest tiles counts. What a tile leaves over on an axis
+    would else be a slice of small tiles, each in a kernel block of its own that is mostly empty: 336 blocks of 128
+    slots for 21 x 30 x 52 tokens in tiles of 1 x 8 x 16, where 256 would hold them.
     Every pair of such blocks is computed, so the waste counts twice.
     """
     tokens = np.arange(np.prod(grid), dtype=np.int64).reshape(grid)
-    whole = tuple(g // s * s for g, s in zip(grid, size, strict=True))
-    pieces = _cut(tokens[: whole[0], : whole[1], : whole[2]], size)
-    borders = (tokens[:, :, whole[2] :], tokens[:, whole[1] :, : whole[2]], tokens[whole[0] :, : whole[1], : whole[2]])
+    left = [axis for axis in (2, 1, 0) if grid[axis] % size[axis]]
+    inner, *borders = min(
+        (_borders(grid, size, axes) for axes in permutations(left)),
+        key=lambda boxes: sum(_count(_extent(box), fullest_tile(_extent(box), size)) for box in boxes[1:]),
+    )
+    pieces = _cut(tokens[inner], size)
     for border in borders:
-        if border.size:
-            pieces += _cut(border, fullest_tile(border.shape, size))
+        pieces += _cut(tokens[border], fullest_tile(_extent(border), size))
     return pieces
+
+
+def _borders(grid: Shape, size: Shape, axes: Sequence[int]) -> list[Box]:
+    """Return the box that tiles fill, and what they leave over: along each axis in turn, the first with the corners."""
+    rest = [slice(0, n) for n in grid]
+    found: list[Box] = []
+    for axis in axes:
+        end = grid[axis] // size[axis] * size[axis]
+        border = [*rest]
+        border[axis], rest[axis] = slice(end, grid[axis]), slice(0, end)
+        if all(side.stop > side.start for side in border):
+            found.append(tuple(border))
+    return [tuple(rest), *found]
+
+
+def _extent(box: Box) -> tuple[int, ...]:
+    return tuple(side.stop - side.start for side in box)
+
+
+def _count(box: tuple[int, ...], side: tuple[int, ...]) -> int:
+    """Return how many tiles cover a box."""
+    return int(np.prod([-(-n // s) for n, s in zip(box, side, strict=True)]))
 
 
 def fullest_tile(box: tuple[int, ...], size: Shape) -> Shape:
@@ -59,8 +88,7 @@ def fullest_tile(box: tuple[int, ...], size: Shape) -> Shape:
     most = int(np.prod(size))
 
     def cost(side: Shape) -> tuple[int, float]:
-        count = int(np.prod([-(-n // s) for n, s in zip(box, side, strict=True)]))
-        return count, sum(abs(math.log(a / b)) for a, b in zip(side, size, strict=True))
+        return _count(box, side), sum(abs(math.log(a / b)) for a, b in zip(side, size, strict=True))
 
     def even(most: int, extent: int) -> int:
         return -(-extent // -(-extent // min(most, extent)))
