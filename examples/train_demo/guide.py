@@ -1,0 +1,113 @@
+"""Draw trained and held-out pairs under rules of guidance, and judge them: where should a teacher guide?
+
+    python guide.py --rules none "style 3" "style 3 below 0.9" "thing above 0.7, style 1.6"
+
+A rule guides by a scale away from the same thing in no style, at all times, below a time or above one (1 is noise);
+`thing above T` leaves the style out above T.
+"""
+
+import argparse
+import itertools
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from classifier import Judge, load_judge
+from data import STYLES, Pair, load_pairs
+from diffusers import FluxPipeline
+from model import image_ids
+
+SIDE, STEPS, SHIFT, LENGTH = 128, 20, 5.0, 32
+RULE = re.compile(r"(?:thing above (?P<thing>[\d.]+))?(?:, )?(?:style (?P<scale>[\d.]+))?(?: below (?P<below>[\d.]+))?")
+
+
+def rule_of(text: str) -> Callable[[float, Callable[[bool], torch.Tensor]], torch.Tensor]:
+    """Return the velocity at a time, from predictions with and without the style."""
+    found = RULE.fullmatch("" if text == "none" else text)
+    if found is None:
+        raise SystemExit(f"rule {text!r}: expected none, or as 'thing above 0.7, style 1.6 below 0.9'")
+    thing, scale, below = (
+        float(found[name] or default) for name, default in (("thing", 2), ("scale", 1), ("below", 2))
+    )
+
+    def velocity(at: float, predict: Callable[[bool], torch.Tensor]) -> torch.Tensor:
+        if at > thing:
+            return predict(False)
+        full = predict(True)
+        return full if scale == 1 or at >= below else full + (scale - 1) * (full - predict(False))
+
+    return velocity
+
+
+@torch.no_grad()
+def draw(pipe: FluxPipeline, pairs: list[Pair], seeds: list[int], rule: str) -> torch.Tensor:
+    """Pictures [N, 3, 128, 128] in [0, 1]; the noise of each by its seed, drawn on the CPU."""
+    device, dtype, velocity = pipe.transformer.device, pipe.transformer.dtype, rule_of(rule)
+    texts = [[pair.label for pair in pairs], [pair.caption for pair in pairs]]
+    read = [pipe.encode_prompt(text, text, device=device, max_sequence_length=LENGTH) for text in texts]
+    ids = image_ids(SIDE, 1, device)
+    x = torch.stack([torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+    times = torch.linspace(1, 1 / STEPS, STEPS)
+    times = [*(SHIFT * times / (1 + (SHIFT - 1) * times)).tolist(), 0.0]
+    for at, after in itertools.pairwise(times):
+
+        def predict(styled: bool, x: torch.Tensor = x, at: float = at) -> torch.Tensor:
+            words, pooled, txt_ids = read[styled]
+            return pipe.transformer(
+                hidden_states=x.to(dtype),
+                timestep=torch.full((len(x),), at, device=device, dtype=dtype),
+                guidance=torch.full((len(x),), 3.5, device=device, dtype=dtype),
+                pooled_projections=pooled,
+                encoder_hidden_states=words,
+                txt_ids=txt_ids,
+                img_ids=ids,
+                return_dict=False,
+            )[0].float()
+
+        x = x + (after - at) * velocity(at, predict)
+    latents = pipe._unpack_latents(x, SIDE, SIDE, pipe.vae_scale_factor)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return (pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def scores(judge: Judge, pictures: torch.Tensor, pairs: list[Pair]) -> str:
+    concept, style = (logits.argmax(1).tolist() for logits in judge(pictures))
+    things = sum(p.concept == c for p, c in zip(pairs, concept, strict=True)) / len(pairs)
+    confused = [[0] * len(STYLES) for _ in STYLES]
+    for pair, named in zip(pairs, style, strict=True):
+        confused[pair.style][named] += 1
+    right = sum(confused[i][i] for i in range(len(STYLES))) / len(pairs)
+    return f"things {things:.3f} style {right:.3f} {confused}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(".data/emoji"))
+    parser.add_argument("--model", type=Path, default=Path("dit_accel/demo_models/emoji-flux"))
+    parser.add_argument("--judge", type=Path, default=Path(".data/training/classifier.safetensors"))
+    parser.add_argument("--rules", nargs="+", default=["none"])
+    parser.add_argument("--trained-every", type=int, default=12)
+    parser.add_argument("--held-out-every", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    pairs = load_pairs(args.data)
+    judge = load_judge(args.judge, 1 + max(p.concept for p in pairs), args.device)
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+    every = {"held out": args.held_out_every, "trained": args.trained_every}
+    for rule in args.rules:
+        start, said = time.time(), []
+        for name, step in every.items():
+            chosen = [i for i, p in enumerate(pairs) if p.held_out == (name == "held out")][::step]
+            parts = [chosen[k : k + args.batch] for k in range(0, len(chosen), args.batch)]
+            pictures = torch.cat([draw(pipe, [pairs[i] for i in part], part, rule) for part in parts])
+            said.append(f"{name}: {scores(judge, pictures, [pairs[i] for i in chosen])}")
+        print(f"{rule:32s} {'; '.join(said)}; {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
