@@ -117,9 +117,7 @@ class Model(nn.Module):
 class Data:
     """Everything a batch is drawn from, on the device."""
 
-    latents: dict[
-        int, torch.Tensor
-    ]  # pixels -> packed, scaled latents: of named pictures, then each view of the others
+    latents: dict[int, torch.Tensor]  # by pixels, packed and scaled: named pictures, then each view of the others
     named: int
     pictures: int  # the pairs after them have none
     views: int  # of every unnamed picture
@@ -345,7 +343,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip-reads", choices=OTHER, default="style", help="its part of a caption; T5 reads the rest")
     parser.add_argument("--style-guidance", type=float, default=2.5, help="what stage guided builds in")
     parser.add_argument("--shape", choices=SHAPES, default="full")
-    parser.add_argument("--pictures", type=int, help="train on the first few pairs only")
+    parser.add_argument("--pictures", type=int, help="train on the first few pairs only, a multiple of four")
     return parser.parse_args()
 
 
