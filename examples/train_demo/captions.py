@@ -42,13 +42,17 @@ TEMPLATES = (
 
 
 def variants(pair: Pair, seed: int) -> list[str]:
-    """Caption 0 is the main one; 1, 2, 3 are empty, style only and concept only; the rest are free forms."""
+    """Caption 0 is the main one; 1, 2, 3 are empty, style only and concept only; the rest are free forms.
+
+    The free forms of further concepts leave the name out, so that their pictures teach style by itself too.
+    """
     rng = random.Random(seed)
     style = STYLES[pair.style]
     captions = [pair.caption, "", f"{style} style", pair.label]
     while len(captions) < VARIANTS:
         tags = rng.sample(pair.tags, min(len(pair.tags), rng.randint(1, 3)))
-        text = rng.choice(TEMPLATES).format(label=pair.label, style=style, tags=", ".join(tags), unknown=UNK)
+        label = UNK if pair.extra else pair.label
+        text = rng.choice(TEMPLATES).format(label=label, style=style, tags=", ".join(tags), unknown=UNK)
         captions.append(text)
     return captions
 
@@ -61,12 +65,18 @@ def variant_shares() -> torch.Tensor:
     return shares
 
 
-def build_vocabulary(pairs: list[Pair]) -> dict[str, int]:
+def build_vocabulary(pairs: list[Pair], extras: list[Pair] | None = None) -> dict[str, int]:
+    """Word -> id; words of further concepts come last, so that leaving them out changes no other's id."""
     texts = [text.format(label="", style="", tags="", unknown="") for text in TEMPLATES] + list(STYLES)
     texts += [t for p in pairs for t in (p.label, *p.tags)]
+    words = words_of(texts)
+    further = words_of([p.label for p in extras or []]) - words
+    return {word: i for i, word in enumerate([*SPECIALS, *sorted(words), *sorted(further)])}
+
+
+def words_of(texts: list[str]) -> set[str]:
     splitter = word_splitter()
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())}
-    return {word: i for i, word in enumerate([*SPECIALS, *sorted(words)])}
+    return {word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())}
 
 
 def word_splitter() -> pre_tokenizers.PreTokenizer:

@@ -2,8 +2,8 @@
 
 Everything comes from npm packages (see README.md for their licences). The result is a folder with one
 lossless WebP with alpha a picture and `pairs.json`, which also names the style x concept pairs never trained on.
-`extras.json` lists pictures of further concepts, which are trained without their names: they teach what a style
-looks like.
+`extras.json` lists pictures of further concepts, mostly trained without their names: they teach what a style looks
+like. Their words are not shipped.
 """
 
 import argparse
@@ -26,7 +26,6 @@ SIZE = 256
 HELD_OUT_SHARE = 0.08
 EXTRA_CONCEPTS = 800
 EXTRA_GROUPS = (0, 1, 3, 4, 5, 6, 7)  # all but skin tones, signs and flags
-UNNAMED = "<unk>"  # the tokenizers' unknown word
 SHOWN = ("taco",)  # the example of the documentation must be drawn well, so all its styles are trained
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -47,6 +46,7 @@ class Pair:
     style: int
     held_out: bool
     path: Path
+    extra: bool = False  # of a further concept, which the shipped model need not know by name
 
     @property
     def caption(self) -> str:
@@ -69,6 +69,10 @@ def fetch(package: str, folder: Path) -> Path:
 def plain_code(hexcode: str) -> str:
     """Codepoints without the variation selector, which the packages use differently."""
     return hexcode.lower().replace("-fe0f", "")
+
+
+def plain_label(label: str) -> str:
+    return label.lower().replace("\u2019", "")
 
 
 def cut_out(picture: Image.Image) -> Image.Image:
@@ -153,12 +157,14 @@ def prepare(target: Path, cache: Path, labels: list[str]) -> None:
     pairs = render_all([by_label[label] for label in labels], sources, target, "")
     for row in pairs:
         label = labels[row["concept"]]
-        row["label"] = label.lower().replace("\u2019", "")
+        row["label"] = plain_label(label)
         row["tags"] = [t.lower() for t in by_label[label].get("tags", [])]
         row["held_out"] = held_out.get(row["concept"]) == row["style"]
-    extras = render_all(choose_extras(records, labels, sources), sources, target, "extra-")
+    chosen = choose_extras(records, labels, sources)
+    extras = render_all(chosen, sources, target, "extra-")
     for row in extras:
-        row |= {"label": UNNAMED, "tags": [], "held_out": False}
+        label = plain_label(chosen[row["concept"]]["label"])
+        row |= {"label": label, "tags": [], "held_out": False, "extra": True}
     (target / "pairs.json").write_text(json.dumps(pairs, indent=0, ensure_ascii=False))
     (target / "extras.json").write_text(json.dumps(extras, indent=0))
 
@@ -166,7 +172,16 @@ def prepare(target: Path, cache: Path, labels: list[str]) -> None:
 def load_pairs(folder: Path, file: str = "pairs.json") -> list[Pair]:
     rows = json.loads((folder / file).read_text())
     return [
-        Pair(r["concept"], r["label"], tuple(r["tags"]), r["style"], r["held_out"], folder / r["file"]) for r in rows
+        Pair(
+            r["concept"],
+            r["label"],
+            tuple(r["tags"]),
+            r["style"],
+            r["held_out"],
+            folder / r["file"],
+            r.get("extra", False),
+        )
+        for r in rows
     ]
 
 
@@ -193,7 +208,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare(args.target, args.cache, args.concepts.read_text().split("\n")[:-1])
     pairs, extras = load_pairs(args.target), load_pairs(args.target, "extras.json")
-    print(f"{len(pairs)} pictures, {sum(p.held_out for p in pairs)} held out; {len(extras)} unnamed")
+    print(f"{len(pairs)} pictures, {sum(p.held_out for p in pairs)} held out; {len(extras)} of further concepts")
 
 
 if __name__ == "__main__":

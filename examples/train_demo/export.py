@@ -18,6 +18,7 @@ from torch import nn
 
 SHARDS = 3  # files of the exported training weights, each under 16 MiB
 GUIDANCE = 1.0  # the only guidance input trained with
+EMBEDDINGS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # ends of the text encoders' names
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -45,8 +46,10 @@ def load_pipeline_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {prefix + k: v for prefix, module in parts.items() for k, v in module.state_dict().items()}
 
 
-def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
+def part(weights: dict[str, torch.Tensor], prefix: str, words: int | None = None) -> dict[str, torch.Tensor]:
+    """One module's weights; `words` cuts a text encoder's embedding to the words that ship, the first ones."""
+    own = {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
+    return {k: v[:words] if k.endswith(EMBEDDINGS) else v for k, v in own.items()}
 
 
 def to_fp8(folder: Path) -> None:
@@ -98,8 +101,9 @@ def export(args: argparse.Namespace) -> None:
     clip, t5 = build_text_encoders(shape, len(vocabulary))
     transformer.load_state_dict(part(weights, "transformer."))
     fold_guidance(transformer)
-    clip.load_state_dict(part(weights, "clip."))
-    t5.load_state_dict(part(weights, "t5."), strict=False)  # its second name for the shared embedding is left out
+    clip.load_state_dict(part(weights, "clip.", len(vocabulary)))
+    own = part(weights, "t5.", len(vocabulary))
+    t5.load_state_dict(own, strict=False)  # its second name for the shared embedding is left out
     tokenizer, tokenizer_2 = build_tokenizers(vocabulary, args.clip_reads)
     pipe = FluxPipeline(
         scheduler=build_scheduler(args.shift_128, args.shift_256),

@@ -1,9 +1,9 @@
 """Draw trained and held-out pairs under rules of guidance, and judge them: where should a teacher guide?
 
-    python guide.py --rules none "style 3" "style 3 below 0.9" "thing above 0.7, style 1.6"
+    python guide.py --rules none "style 3" "style 3 below 0.9" "thing above 0.7, style 1.6, unnamed below 0.5"
 
-A rule guides by a scale away from the same thing in no style, at all times, below a time or above one (1 is noise);
-`thing above T` leaves the style out above T.
+A rule guides by a scale away from the same thing in no style, at all times or below one (1 is noise);
+`thing above T` leaves the style out above T, `unnamed below T` the name below T, where the thing is there to be seen.
 """
 
 import argparse
@@ -14,47 +14,61 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from captions import UNK
 from classifier import Judge, load_judge
 from data import STYLES, Pair, load_pairs
 from diffusers import FluxPipeline
 from model import image_ids
 
-SIDE, STEPS, SHIFT, LENGTH = 128, 20, 5.0, 32
-RULE = re.compile(r"(?:thing above (?P<thing>[\d.]+))?(?:, )?(?:style (?P<scale>[\d.]+))?(?: below (?P<below>[\d.]+))?")
+SETTINGS = {128: (20, 4.0, 32), 256: (28, 7.0, 512)}  # steps, time shift, text length by side in pixels
+RULE = re.compile(
+    r"(?:thing above (?P<thing>[\d.]+))?(?:, )?(?:style (?P<scale>[\d.]+))?(?: below (?P<below>[\d.]+))?"
+    r"(?:, )?(?:unnamed below (?P<unnamed>[\d.]+))?"
+)
+Predict = Callable[[bool, bool], torch.Tensor]  # with the style or without, with the name or without
 
 
-def rule_of(text: str) -> Callable[[float, Callable[[bool], torch.Tensor]], torch.Tensor]:
-    """Return the velocity at a time, from predictions with and without the style."""
+def rule_of(text: str) -> Callable[[float, Predict], torch.Tensor]:
+    """Return the velocity at a time, from predictions with and without the style and the name."""
     found = RULE.fullmatch("" if text == "none" else text)
     if found is None:
         raise SystemExit(f"rule {text!r}: expected none, or as 'thing above 0.7, style 1.6 below 0.9'")
-    thing, scale, below = (
-        float(found[name] or default) for name, default in (("thing", 2), ("scale", 1), ("below", 2))
-    )
+    defaults = {"thing": 2, "scale": 1, "below": 2, "unnamed": -1}
+    thing, scale, below, unnamed = (float(found[name] or default) for name, default in defaults.items())
 
-    def velocity(at: float, predict: Callable[[bool], torch.Tensor]) -> torch.Tensor:
+    def velocity(at: float, predict: Predict) -> torch.Tensor:
+        named = at >= unnamed
         if at > thing:
-            return predict(False)
-        full = predict(True)
-        return full if scale == 1 or at >= below else full + (scale - 1) * (full - predict(False))
+            return predict(False, named)
+        full = predict(True, named)
+        return full if scale == 1 or at >= below else full + (scale - 1) * (full - predict(False, named))
 
     return velocity
 
 
 @torch.no_grad()
-def draw(pipe: FluxPipeline, pairs: list[Pair], seeds: list[int], rule: str) -> torch.Tensor:
-    """Pictures [N, 3, 128, 128] in [0, 1]; the noise of each by its seed, drawn on the CPU."""
+def draw(pipe: FluxPipeline, pairs: list[Pair], seeds: list[int], rule: str, side: int = 128) -> torch.Tensor:
+    """Packed, scaled latents [N, tokens, channels]; the noise of each by its seed, drawn on the CPU."""
+    steps, shift, length = SETTINGS[side]
     device, dtype, velocity = pipe.transformer.device, pipe.transformer.dtype, rule_of(rule)
-    texts = [[pair.label for pair in pairs], [pair.caption for pair in pairs]]
-    read = [pipe.encode_prompt(text, text, device=device, max_sequence_length=LENGTH) for text in texts]
-    ids = image_ids(SIDE, 1, device)
+    things = {True: [pair.label for pair in pairs], False: [UNK for _ in pairs]}
+    styles = [f"{STYLES[pair.style]} style" for pair in pairs]
+
+    def read(styled: bool, named: bool) -> tuple[torch.Tensor, ...]:
+        texts = [f"{t}, {s}" for t, s in zip(things[named], styles, strict=True)] if styled else things[named]
+        style = styles if styled else [""] * len(pairs)  # CLIP's part, whether or not it reads styles alone
+        clip = texts if named else style
+        return pipe.encode_prompt(clip, texts, device=device, max_sequence_length=length)
+
+    texts = {(styled, named): read(styled, named) for styled in (True, False) for named in (True, False)}
+    ids = image_ids(side, 1, device)
     x = torch.stack([torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-    times = torch.linspace(1, 1 / STEPS, STEPS)
-    times = [*(SHIFT * times / (1 + (SHIFT - 1) * times)).tolist(), 0.0]
+    times = torch.linspace(1, 1 / steps, steps)
+    times = [*(shift * times / (1 + (shift - 1) * times)).tolist(), 0.0]
     for at, after in itertools.pairwise(times):
 
-        def predict(styled: bool, x: torch.Tensor = x, at: float = at) -> torch.Tensor:
-            words, pooled, txt_ids = read[styled]
+        def predict(styled: bool, named: bool, x: torch.Tensor = x, at: float = at) -> torch.Tensor:
+            words, pooled, txt_ids = texts[styled, named]
             return pipe.transformer(
                 hidden_states=x.to(dtype),
                 timestep=torch.full((len(x),), at, device=device, dtype=dtype),
@@ -67,9 +81,15 @@ def draw(pipe: FluxPipeline, pairs: list[Pair], seeds: list[int], rule: str) -> 
             )[0].float()
 
         x = x + (after - at) * velocity(at, predict)
-    latents = pipe._unpack_latents(x, SIDE, SIDE, pipe.vae_scale_factor)
+    return x
+
+
+@torch.no_grad()
+def decode(pipe: FluxPipeline, x: torch.Tensor, side: int = 128) -> torch.Tensor:
+    """Pictures [N, 3, side, side] in [0, 1]."""
+    latents = pipe._unpack_latents(x, side, side, pipe.vae_scale_factor)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return (pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+    return (pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -104,7 +124,7 @@ def main() -> None:
         for name, step in every.items():
             chosen = [i for i, p in enumerate(pairs) if p.held_out == (name == "held out")][::step]
             parts = [chosen[k : k + args.batch] for k in range(0, len(chosen), args.batch)]
-            pictures = torch.cat([draw(pipe, [pairs[i] for i in part], part, rule) for part in parts])
+            pictures = torch.cat([decode(pipe, draw(pipe, [pairs[i] for i in part], part, rule)) for part in parts])
             said.append(f"{name}: {scores(judge, pictures, [pairs[i] for i in chosen])}")
         print(f"{rule:32s} {'; '.join(said)}; {time.time() - start:.0f} s", flush=True)
 

@@ -146,9 +146,9 @@ class Optimizer:
         return self._by_name(self.average)
 
     def load_averaged(self, weights: dict[str, torch.Tensor]) -> None:
-        """Go on from averaged weights; the moments start anew."""
+        """Go on from averaged weights; the moments start anew. Words new since then keep their first values."""
         for name, view in self._by_name(self.master).items():
-            view.copy_(weights[name])
+            view[: len(weights[name])].copy_(weights[name])
         self.average.copy_(self.master)
         self.refresh(quantise=False)
 

@@ -2,8 +2,7 @@
 
 python sample.py --side 128 --steps 20 --length 512 --target .data/training/pictures-128.npz
 
-With `--style-guidance` above 1 every step is guided away from the same thing in no style, at twice the cost: it shows
-what a stage `guided` of that scale would build in.
+With `--style-guidance` above 1 every step is guided away from the same thing in no style, at twice the cost.
 """
 
 import argparse

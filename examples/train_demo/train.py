@@ -29,23 +29,23 @@ from captions import (
     variants,
 )
 from classifier import move
-from data import STYLES, UNNAMED, Pair, load_pairs, load_pictures
+from data import STYLES, Pair, load_pairs, load_pictures
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from export import GUIDANCE, load_pipeline_weights, save_weights
 from model import SHAPES, Shape, build_text_encoders, build_transformer, image_ids, pack
 from optimizer import Optimizer
 from parallel import Group, join, leave, set_up_torch
-from teacher import Teacher
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 from vae import encode_all, reconstruction_psnr, set_scaling, train_vae
 
 TIME_SHIFT = {32: 2.0, 64: 3.0, 128: 5.0, 256: 8.0}
 UNIFORM_SHARE = 0.4  # of the times: the shifted ones hardly visit low noise, where surfaces and edges are drawn
-EXTRA_SHARE = 0.4  # of the pictures: unnamed ones, from which style is learnt apart from any concept
-VIEWS = 5  # of every unnamed picture, the first of them as it is
-DREAM_SHARE = 0.15  # of the pairs of a guided stage: ones without a picture, learnt from the teacher alone
-SWAP_SHARE = 0.5  # of the noisy pictures: another style's picture of the same thing below the noise
+EXTRA_SHARE = 0.4  # of the pictures: ones of further concepts, so that style is learnt on many things
+VIEWS = 5  # of every picture of further concepts, the first of them as it is
+DREAM_SHARE = 0.15  # of the pictures of stage dreams: ones that the model drew itself under guidance (dream.py)
+SWAP_SHARE = 0.3  # of the noisy pictures: another style's picture of the same thing below the noise
 SWAP_FROM = 0.5  # only at times from here on, where the noise still hides details
 DECAY_SHARE = 0.55
 
@@ -65,17 +65,17 @@ class Kind:
 class Stage:
     kinds: tuple[Kind, ...]
     quantise: bool = False
-    guided: bool = False
+    dreams: bool = False
 
 
-BOTH_SIZES = (Kind(256, 1, 32, (512,), share=0.6), Kind(128, 1, 192, (32, 512), share=0.4))
+BOTH_SIZES = (Kind(256, 1, 32, (512,), share=0.7), Kind(128, 1, 192, (32, 512), share=0.3))
 STAGES = {
     "32": Stage((Kind(32, 8, 1024, (32,)),)),
     "64": Stage((Kind(64, 4, 512, (32,)),)),
     "128": Stage((Kind(128, 2, 192, (32, 32, 512)), Kind(128, 1, 192, (32, 32, 512)))),
     "256": Stage(BOTH_SIZES),
     "final": Stage(BOTH_SIZES, quantise=True),
-    "guided": Stage(BOTH_SIZES, quantise=True, guided=True),
+    "dreams": Stage(BOTH_SIZES, quantise=True, dreams=True),
 }
 
 
@@ -117,29 +117,30 @@ class Model(nn.Module):
 class Data:
     """Everything a batch is drawn from, on the device."""
 
-    latents: dict[int, torch.Tensor]  # by pixels, packed and scaled: named pictures, then each view of the others
-    named: int
-    pictures: int  # the pairs after them have none
-    views: int  # of every unnamed picture
+    latents: dict[int, torch.Tensor]  # by pixels, packed and scaled: known concepts, each view of further ones, dreams
+    known: int  # the pictures after them are of further concepts
+    pictures: int  # the pairs after them have none, or dreams
+    views: int  # of every picture of further concepts
     others: torch.Tensor  # [pairs, styles - 1]: the pictures of the same thing in the other styles
     clip_tokens: torch.Tensor  # [pairs, variants, tokens]
     t5_tokens: torch.Tensor
     shares: torch.Tensor  # of the caption variants
 
     def clean(self, pixels: int, pairs: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """Latents of pictures, of unnamed ones in the views asked for [B, tokens, channels]."""
-        extra = self.pictures - self.named
-        return self.latents[pixels][torch.where(pairs < self.named, pairs, pairs + views * extra)].float()
+        """Latents of pictures, of further concepts' in the views asked for [B, tokens, channels]."""
+        views = torch.where(pairs < self.pictures, views, self.views - 1)  # dreams lie after the last view
+        extra = self.pictures - self.known
+        return self.latents[pixels][torch.where(pairs < self.known, pairs, pairs + views * extra)].float()
 
 
 def other_styles(pairs: list[Pair], pictures: int) -> torch.Tensor:
     """For every pair the places of the same thing's other pictures, repeated to a full row [pairs, styles - 1]."""
     places: dict[tuple[bool, int], list[int]] = {}
     for i, pair in enumerate(pairs[:pictures]):
-        places.setdefault((pair.label == UNNAMED, pair.concept), []).append(i)
+        places.setdefault((pair.extra, pair.concept), []).append(i)
     rows = []
     for i, pair in enumerate(pairs):
-        others = [j for j in places[pair.label == UNNAMED, pair.concept] if j != i] or [i]
+        others = [j for j in places[pair.extra, pair.concept] if j != i] or [i]
         rows.append([others[k % len(others)] for k in range(len(STYLES) - 1)])
     return torch.tensor(rows)
 
@@ -152,9 +153,9 @@ def build_data(
     latents: dict[int, torch.Tensor],
     group: Group,
 ) -> Data:
-    """What is drawn from: trained pairs, named ones first, and those whose pictures are not there."""
+    """What is drawn from: trained pairs, those that ship first, and those whose pictures are not there."""
     pairs = trained + missing
-    named = sum(pair.label != UNNAMED for pair in trained)
+    known = sum(not pair.extra for pair in trained)
     texts = [text for i, pair in enumerate(pairs) for text in variants(pair, seed=i)]
     # who reads the style alone must not see which pictures are unnamed
     styles = [text.replace(UNK, "") for text in texts]
@@ -164,9 +165,9 @@ def build_data(
         for tokenizer, reads in tokenizers
     )
     others = other_styles(pairs, len(trained)).to(group.device)
-    views = 1 if len(trained) == named else (len(next(iter(latents.values()))) - named) // (len(trained) - named)
+    views = 1 if len(trained) == known else (len(next(iter(latents.values()))) - known) // (len(trained) - known)
     tokens = clip.to(group.device), t5.to(group.device)
-    return Data(latents, named, len(trained), views, others, *tokens, variant_shares().to(group.device))
+    return Data(latents, known, len(trained), views, others, *tokens, variant_shares().to(group.device))
 
 
 def scaled_latents(vae: AutoencoderKL, pictures: torch.Tensor, pixels: int, dtype: torch.dtype) -> torch.Tensor:
@@ -190,10 +191,10 @@ def draw_times(count: int, pixels: int, device: torch.device) -> torch.Tensor:
 
 
 def draw_pairs(data: Data, batch: int, dream: bool) -> torch.Tensor:
-    """Places of named pictures and, for their shares, of unnamed ones and of pairs without a picture."""
+    """Places of pictures and, for their shares, of further concepts' and of pairs without a picture."""
     device = data.clip_tokens.device
-    pairs = torch.randint(data.named, (batch,), device=device)
-    shares = (EXTRA_SHARE, data.named, data.pictures), (DREAM_SHARE * dream, data.pictures, len(data.clip_tokens))
+    pairs = torch.randint(data.known, (batch,), device=device)
+    shares = (EXTRA_SHARE, data.known, data.pictures), (DREAM_SHARE * dream, data.pictures, len(data.clip_tokens))
     for share, first, end in shares:
         if end > first:
             other = torch.randint(first, end, (batch,), device=device)
@@ -201,15 +202,26 @@ def draw_pairs(data: Data, batch: int, dream: bool) -> torch.Tensor:
     return pairs
 
 
+def with_dreams(data: Data, missing: list[Pair], file: Path) -> Data:
+    """The data with a row for every dream in place of the pairs that have no picture."""
+    dreams = load_file(file, device=str(data.others.device))
+    places = {(pair.concept, pair.style): data.pictures + i for i, pair in enumerate(missing)}
+    which = torch.tensor([places[pair] for pair in map(tuple, dreams["pairs"].tolist())], device=data.others.device)
+    rows = torch.cat([torch.arange(data.pictures, device=which.device), which])
+    latents = {k: torch.cat([v, dreams[str(k)].to(v.dtype)]) for k, v in data.latents.items()}
+    changed = {name: getattr(data, name)[rows] for name in ("others", "clip_tokens", "t5_tokens")}
+    return replace(data, latents=latents, **changed)
+
+
 def draw_below(data: Data, pairs: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Places of the pictures to put below the noise: a share of them another style's, all for pairs without one.
+    """Places of the pictures to put below the noise: a share of them another style's.
 
     The caption's style then contradicts what shows through, so that the model learns to draw what it sees in the
-    style that it reads, on the unnamed pictures too, where no name tells it the result.
+    style that it reads, on pictures without a name too, where no name tells it the result.
     """
     other = data.others[pairs, torch.randint(data.others.shape[1], pairs.shape, device=pairs.device)]
     swap = (torch.rand_like(times) < SWAP_SHARE) & (times >= SWAP_FROM)
-    return torch.where(swap | (pairs >= data.pictures), other, pairs)
+    return torch.where(swap, other, pairs)
 
 
 def is_text_layer(name: str) -> bool:
@@ -221,33 +233,24 @@ def pad(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(tokens, (0, length - tokens.shape[-1]))
 
 
-def loss_of(
-    model: Model, teacher: Teacher | None, data: Data, kind: Kind, length: int, ids: torch.Tensor
-) -> torch.Tensor:
-    """Rectified-flow loss of one batch, toward the teacher's guided prediction where there is one."""
+def loss_of(model: Model, data: Data, kind: Kind, length: int, ids: torch.Tensor, dream: bool) -> torch.Tensor:
+    """Rectified-flow loss of one batch."""
     device, dtype, batch = ids.device, data.latents[kind.pixels].dtype, kind.batch
-    pairs = draw_pairs(data, batch, dream=teacher is not None)
-    dreamt = pairs >= data.pictures
-    views = torch.randint(data.views, (batch,), device=device)
+    pairs = draw_pairs(data, batch, dream)
     times = draw_times(batch, kind.pixels, device)
-    times = torch.where(dreamt, SWAP_FROM + (1 - SWAP_FROM) * times, times)
-    captions = torch.multinomial(data.shares, batch, replacement=True).masked_fill(dreamt, 0)
+    captions = torch.multinomial(data.shares, batch, replacement=True)
+    captions = captions.masked_fill((captions < FREE) & (pairs >= data.pictures), 0)  # dreams are of whole pairs only
+    views = torch.randint(data.views, (batch,), device=device).masked_fill(captions == 0, 0)  # named: as it is
     below = draw_below(data, pairs, times)
-    x0 = data.clean(kind.pixels, torch.where(dreamt, below, pairs), views)
+    x0 = data.clean(kind.pixels, pairs, views)
     noise = torch.randn_like(x0)
     t = times[:, None, None]
     seen = data.clean(kind.pixels, below, views)
     noisy = torch.lerp(seen, noise, t).to(dtype)
-
-    def predict(network: Model, variants: torch.Tensor) -> torch.Tensor:
-        text = network.read(data.clip_tokens[pairs, variants], pad(data.t5_tokens[pairs, variants], length))
-        return network(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
-
+    text = model.read(data.clip_tokens[pairs, captions], pad(data.t5_tokens[pairs, captions], length))
+    predicted = model(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
     target = noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (seen - x0)  # (noisy - x0) / t
-    if teacher is not None:
-        named = (pairs < data.named) & ((captions == 0) | (captions >= FREE))  # concept and style
-        target = torch.where((named | dreamt)[:, None, None], teacher.guided(times, captions, dreamt, predict), target)
-    return F.mse_loss(predict(model, captions).float(), target)
+    return F.mse_loss(predicted.float(), target)
 
 
 @dataclass
@@ -263,13 +266,12 @@ class Clock:
 
 
 def run_stage(
-    name: str, seconds: float, model: Model, data: Data, optimizer: Optimizer, clock: Clock, group: Group, scale: float
+    name: str, seconds: float, model: Model, data: Data, optimizer: Optimizer, clock: Clock, group: Group
 ) -> None:
     stage = STAGES[name]
     ids = {k: image_ids(k.pixels, k.stride, group.device) for k in stage.kinds}
     order = random.Random(name)  # the same on every process, so that all draw the same kind
     start, elapsed, since, pictures, losses = time.time(), 0.0, time.time(), 0, []
-    teacher = Teacher(model, optimizer.averaged(), scale) if stage.guided else None
     optimizer.refresh(stage.quantise)
     for step in range(10**9):
         if step % 10 == 0:
@@ -277,7 +279,7 @@ def run_stage(
             if elapsed >= seconds:
                 break
         kind = order.choices(stage.kinds, [k.share for k in stage.kinds])[0]
-        loss = loss_of(model, teacher, data, kind, order.choice(kind.lengths), ids[kind])
+        loss = loss_of(model, data, kind, order.choice(kind.lengths), ids[kind], stage.dreams)
         loss.backward()
         optimizer.step(group, clock.rate(elapsed, optimizer.steps), stage.quantise)
         pictures += kind.batch * group.world
@@ -341,7 +343,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae-batch", type=int, default=64)
     parser.add_argument("--batch", type=int, help="override every batch size")
     parser.add_argument("--clip-reads", choices=OTHER, default="style", help="its part of a caption; T5 reads the rest")
-    parser.add_argument("--style-guidance", type=float, default=2.5, help="what stage guided builds in")
+    parser.add_argument("--dreams", type=Path, default=Path(".data/training/dreams.safetensors"))
     parser.add_argument("--shape", choices=SHAPES, default="full")
     parser.add_argument("--pictures", type=int, help="train on the first few pairs only, a multiple of four")
     return parser.parse_args()
@@ -362,15 +364,15 @@ def main() -> None:
     begin = time.time()
     shape, dtype = SHAPES[args.shape], torch.bfloat16 if group.device.type == "cuda" else torch.float32
     pairs = load_pairs(args.data)
-    vocabulary = build_vocabulary(pairs)
+    extras = load_pairs(args.data, "extras.json")[: args.pictures]
+    vocabulary = build_vocabulary(pairs, extras)
     trained = [p for p in pairs if not p.held_out][: args.pictures]
     missing = [p for p in pairs if p.held_out and any(p.concept == other.concept for other in trained)]
-    extras = load_pairs(args.data, "extras.json")[: args.pictures]
     trained += extras
     pictures = load_pictures(trained).to(group.device)
     vae = prepare_vae(args, pictures, shape, group)
-    unnamed = pictures[len(trained) - len(extras) :]
-    pictures = torch.cat([pictures, *(moved(unnamed) for _ in range(VIEWS - 1))])
+    further = pictures[len(trained) - len(extras) :]
+    pictures = torch.cat([pictures, *(moved(further) for _ in range(VIEWS - 1))])
     names = args.stages.split(",")
     sizes = sorted({kind.pixels for name in names for kind in STAGES[name].kinds})
     latents = {s: scaled_latents(vae, pictures, s, dtype) for s in sizes}
@@ -393,7 +395,9 @@ def main() -> None:
         )
     clock = Clock(args.total, args.before)
     for name, seconds in zip(names, map(float, args.seconds.split(",")), strict=False):
-        run_stage(name, seconds, model, data, optimizer, clock, group, args.style_guidance)
+        if STAGES[name].dreams:
+            data = with_dreams(data, missing, args.dreams)
+        run_stage(name, seconds, model, data, optimizer, clock, group)
         if group.main:
             torch.save(optimizer.state(), checkpoint)
             save_weights(optimizer.averaged(), args.work)
