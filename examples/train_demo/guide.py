@@ -20,7 +20,7 @@ from data import STYLES, Pair, load_pairs
 from diffusers import FluxPipeline
 from model import image_ids
 
-SETTINGS = {128: (20, 4.0, 32), 256: (28, 7.0, 512)}  # steps, time shift, text length by side in pixels
+SETTINGS = {128: (20, 4.0, 32), 256: (20, 7.0, 512)}  # steps, time shift, text length by side in pixels
 RULE = re.compile(
     r"(?:thing above (?P<thing>[\d.]+))?(?:, )?(?:style (?P<scale>[\d.]+))?(?: below (?P<below>[\d.]+))?"
     r"(?:, )?(?:unnamed below (?P<unnamed>[\d.]+))?"
