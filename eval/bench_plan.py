@@ -3,8 +3,8 @@
     python -m dit_accel.eval.bench_plan [--results FOLDER] [--out FILE]
 
 Reads `step_*.json` of `eval/bench_step.py`, counts on no device what each of its cases does, and models every step of a
-case from the rows of all other cases alone. Runs anywhere. A GPU needs three cases at least. A result's `settings`,
-written by hand, are those that its recipe had when it was measured, where it has others today.
+case from the rows of all other cases alone. Runs anywhere. Results of fewer than three cases are passed over. A
+result's `settings`, written by hand, are those that its recipe had when it was measured, where it has others today.
 """
 
 from __future__ import annotations
@@ -70,10 +70,14 @@ def measured_case(name: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) 
     )
 
 
+def case_names(data: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["case"] for row in data["rows"]))
+
+
 def measured_device(data: Mapping[str, Any]) -> dict[str, Any]:
     """Turn one result of the step benchmark into an entry of the plan's table."""
     settings = data.get("settings", {})
-    names = list(dict.fromkeys(row["case"] for row in data["rows"]))
+    names = case_names(data)
     if len(names) < LEAST_CASES:
         raise ConfigError(f"{data['gpu']}: {len(names)} cases were measured, but leaving one out needs {LEAST_CASES}.")
     recipe = resolve({"base": data["recipe"], **settings})
@@ -106,8 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the step benchmark's results")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
     options = parser.parse_args(argv)
-    console, made = Console(width=110), {}
-    for file, data in step_results(options.results):
+    console, made, found = Console(width=110), {}, step_results(options.results)
+    enough = [one for one in found if len(case_names(one[1])) >= LEAST_CASES] or found  # none: the first is refused
+    for file, _ in (one for one in found if one not in enough):
+        console.print(f"{file.name}: fewer than {LEAST_CASES} cases, passed over")
+    for file, data in enough:
         made[file.stem.removeprefix("step_")] = entry = measured_device(data)
         console.print(error_table(data["gpu"], leave_one_out(device("", entry).cases)))
     if not made:

@@ -111,13 +111,18 @@ class Model:
 
 
 def models(folder: Path = RESULTS) -> list[Model]:
-    """Read all measured models of a folder; none where there are no files. Raises ConfigError on a broken one."""
-    return [
+    """Read all measured models of a folder; none where there are no files. Raises ConfigError on a broken one.
+
+    A shape whose decisions were timed on one device is not modelled on others, where they were not.
+    """
+    found = [
         _model(case, data, folder)
         for _, data in step_results(folder)
         if all(_mean_step(row, data) is not None for row in data["rows"])
         for case in _shapes(data)
     ]
+    timed = {model.name for model in found if model.caveat is None}
+    return [model for model in found if model.caveat is None or model.name not in timed]
 
 
 def _mean_step(row: Mapping[str, Any], data: Mapping[str, Any]) -> float | None:

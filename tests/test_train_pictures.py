@@ -1,0 +1,134 @@
+"""The pure pieces of emoji-flux's training: words that do not ship, further concepts, pictures it drew itself."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+FOLDER = Path(__file__).parent.parent / "examples" / "train_demo"
+MODULES = ("captions", "data", "export", "guide", "optimizer", "parallel", "train")
+KNOWN, FURTHER, TOKENS, CHANNELS, VIEWS = 6, 8, 3, 2, 3
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The scripts' modules, which import each other by plain names."""
+    sys.path.insert(0, str(FOLDER))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    sys.path.remove(str(FOLDER))
+
+
+def pair(demo, concept: int, label: str, style: int, held_out: bool = False, extra: bool = False):
+    return demo.data.Pair(concept, label, ("round",), style, held_out, Path("none"), extra)
+
+
+def data_of(demo):
+    """Six known pictures (two things, one style of each held out), eight of further concepts in three views.
+
+    Every latent holds its place in the table, so that what is fetched shows where it lay.
+    """
+    pairs = [pair(demo, c, label, s, held_out=s == c) for c, label in enumerate(("taco", "owl")) for s in range(4)]
+    further = [pair(demo, c, label, s, extra=True) for c, label in enumerate(("tram", "tent")) for s in range(4)]
+    trained, missing = [p for p in pairs if not p.held_out] + further, [p for p in pairs if p.held_out]
+    count = KNOWN + VIEWS * FURTHER
+    latents = {128: torch.arange(count).float()[:, None, None].expand(count, TOKENS, CHANNELS)}
+    vocabulary = demo.captions.build_vocabulary(pairs, further)
+    group = demo.parallel.Group(0, 1, torch.device("cpu"))
+    return demo.train.build_data(trained, missing, vocabulary, "style", latents, group), missing
+
+
+def test_words_of_further_concepts_come_last(demo) -> None:
+    pairs, further = [pair(demo, 0, "red taco", 0)], [pair(demo, 0, "blue taco", 0, extra=True)]
+    alone, both = demo.captions.build_vocabulary(pairs), demo.captions.build_vocabulary(pairs, further)
+    assert {word: both[word] for word in alone} == alone
+    assert set(both) - set(alone) == {"blue"}
+    assert both["blue"] == len(alone)
+
+
+def test_further_concepts_are_named_in_the_main_caption_only(demo) -> None:
+    told = demo.captions.variants(pair(demo, 0, "taco", 1, extra=True), seed=3)
+    free = told[demo.captions.FREE :]
+    assert told[0] == "taco, twemoji style"
+    assert not any("taco" in text for text in free)
+    assert all(demo.captions.UNK in text and "twemoji" in text for text in free)
+    known = demo.captions.variants(pair(demo, 0, "taco", 1), seed=3)
+    assert all("taco" in text for text in known[demo.captions.FREE :])
+
+
+def test_export_cuts_embeddings_to_the_words_that_ship(demo) -> None:
+    weights = {"t5.shared.weight": torch.rand(9, 4), "t5.block.weight": torch.rand(9, 4), "clip.x": torch.rand(2)}
+    own = demo.export.part(weights, "t5.", 5)
+    assert own["shared.weight"].equal(weights["t5.shared.weight"][:5])
+    assert own["block.weight"].equal(weights["t5.block.weight"])
+    assert set(own) == {"shared.weight", "block.weight"}
+
+
+def test_new_words_keep_their_first_values(demo) -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(7, 4)
+    first = embedding.weight.detach().clone()
+    optimizer = demo.optimizer.Optimizer(embedding, torch.float32)
+    optimizer.load_averaged({"weight": torch.full((5, 4), 2.0)})
+    for weights in (embedding.weight, optimizer.averaged()["weight"]):
+        assert weights[:5].eq(2).all()
+        assert weights[5:].equal(first[5:])
+
+
+def test_every_picture_is_fetched_from_its_own_place(demo) -> None:
+    data, _ = data_of(demo)
+    assert (data.known, data.pictures, data.views) == (KNOWN, KNOWN + FURTHER, VIEWS)
+    assert len(data.clip_tokens) == len(data.t5_tokens) == KNOWN + FURTHER + 2  # and the two without a picture
+    places = torch.tensor([0, 5, 6, 13, 6, 13])
+    found = data.clean(128, places, torch.tensor([2, 1, 0, 0, 2, 1]))  # known pictures have one view only
+    assert found[:, 0, 0].tolist() == [0, 5, 6, 13, 6 + 2 * FURTHER, 13 + FURTHER]
+
+
+def test_dreams_lie_after_all_pictures_with_their_captions(demo, tmp_path: Path) -> None:
+    data, missing = data_of(demo)
+    drawn = torch.full((3, TOKENS, CHANNELS), 100.0) + torch.arange(3)[:, None, None]
+    order = [missing[1], missing[0], missing[1]]
+    save_file(
+        {"pairs": torch.tensor([(p.concept, p.style) for p in order]), "128": drawn.half()}, tmp_path / "d.safetensors"
+    )
+    made = demo.train.with_dreams(data, missing, tmp_path / "d.safetensors")
+    first = data.pictures
+    assert len(made.clip_tokens) == len(made.t5_tokens) == len(made.others) == first + 3
+    assert made.clip_tokens[first:].equal(data.clip_tokens[[first + 1, first, first + 1]])
+    assert made.t5_tokens[first:].equal(data.t5_tokens[[first + 1, first, first + 1]])
+    assert not made.t5_tokens[first].equal(made.t5_tokens[first + 1])
+    places = torch.arange(first, first + 3)
+    for view in range(VIEWS):  # whichever view was drawn
+        assert made.clean(128, places, torch.full((3,), view))[:, 0, 0].tolist() == [100, 101, 102]
+    assert set(made.others[first].tolist()) <= {3, 4, 5}  # the owl's real pictures
+    torch.manual_seed(0)
+    assert demo.train.draw_pairs(made, 2000, dream=False).max() < first
+    assert set(range(first, first + 3)) <= set(demo.train.draw_pairs(made, 2000, dream=True).tolist())
+
+
+@pytest.mark.parametrize(
+    ("rule", "at", "expected"),
+    [
+        ("none", 0.95, (1, 0, 0, 0)),
+        ("style 3", 0.95, (3, -2, 0, 0)),
+        ("style 3 below 0.9", 0.95, (1, 0, 0, 0)),
+        ("style 3 below 0.9", 0.5, (3, -2, 0, 0)),
+        ("thing above 0.7, style 1.5", 0.8, (0, 1, 0, 0)),
+        ("thing above 0.7, style 1.5", 0.6, (1.5, -0.5, 0, 0)),
+        ("style 2, unnamed below 0.5", 0.4, (0, 0, 2, -1)),
+        ("unnamed below 0.5", 0.6, (1, 0, 0, 0)),
+    ],
+)
+def test_rules_of_guidance(demo, rule: str, at: float, expected: tuple[float, ...]) -> None:
+    places = {(True, True): 0, (False, True): 1, (True, False): 2, (False, False): 3}  # styled, named
+    found = demo.guide.rule_of(rule)(at, lambda styled, named: torch.eye(4)[places[styled, named]])
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_a_rule_that_is_none_is_refused(demo) -> None:
+    with pytest.raises(SystemExit, match=r"style 1\.6"):
+        demo.guide.rule_of("stile 3")
