@@ -196,10 +196,13 @@ def test_demo_model_names_are_checked() -> None:
         dit_accel.demo_model("emoji-flx")
 
 
-@pytest.mark.parametrize(("name", "order"), [("my_recipe", "hilbert"), ("means_of_tiles", "tile")])
-def test_the_example_recipes_load_and_round_trip(name: str, order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "order", "corrected"),
+    [("my_recipe", "hilbert", False), ("means_of_tiles", "tile", False), ("clusters_kept", "kmeans", True)],
+)
+def test_the_example_recipes_load_and_round_trip(name: str, order: str, corrected: bool, tmp_path: Path) -> None:
     recipe = resolve(Path(__file__).parent.parent / "examples" / f"{name}.yaml")
     assert recipe.order.kind == order
-    assert recipe.correct is None
+    assert (recipe.correct is not None) == corrected
     write_file(recipe, tmp_path / "copy.yaml")
     assert resolve(tmp_path / "copy.yaml") == recipe
