@@ -1,4 +1,4 @@
-"""Draw trained and held-out pairs under rules of guidance, and judge them: where should a teacher guide?
+"""Draw trained and held-out pairs under rules of guidance, and judge them: where should guidance act?
 
     python guide.py --rules none "style 3" "style 3 below 0.9" "thing above 0.7, style 1.6, unnamed below 0.5"
 

@@ -132,6 +132,13 @@ def test_a_recipe_that_was_timed_at_the_shape_costs_its_own_calls(tmp_path: Path
     assert model.caveat is None
     given["definition"] = {"name": "new", "correct": {"kind": "centroids"}}
     assert model.seconds(row("w", "recipe", 20, **given)) is None  # what its correction takes was not measured
+    other = tmp_path / "step_other.json"  # the same shape on a device whose decisions were not timed, and another shape
+    other.write_text(json.dumps({**step, "recipe": "draft", "gpu": "Other"}))
+    assert [(one.name, one.device) for one in models(tmp_path)] == [(model.name, model.device)]
+    small = [{**line, "case": "small"} for line in step["rows"]]
+    other.write_text(json.dumps({**step, "recipe": "draft", "gpu": "Other", "rows": small}))
+    assert {one.name for one in models(tmp_path)} == {model.name, "small"}
+    other.unlink()
     file.rename(tmp_path / "elsewhere.json")
     (model,) = models(tmp_path)
     assert model.caveat is not None
