@@ -164,7 +164,8 @@ class Acceleration:
         """Return what was done in the last run."""
         blocked = {name: why for attachment in self._attachments for name, why in attachment.blocked.items()}
         mixed = () if self.recipe.total is None else (self.recipe.mixture_note,)
-        notes = (*mixed, *self._profile_notes(), *self._engine.text_kv.notes())
+        faithful = (self.recipe.faithful_note,) if self.recipe.faithful else ()
+        notes = (*mixed, *faithful, *self._profile_notes(), *self._engine.text_kv.notes())
         return self._engine.ledger.report(blocked, self._engine.nbytes, notes)
 
     def _profile_notes(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from .whole import three_whole, whole
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text tokens; they are never dropped and never reordered."""
+    """A run of text tokens; they are never dropped and never reordered, but by a recipe told to be `faithful`."""
 
     length: int
 
@@ -29,13 +29,14 @@ class Pad:
 class Grid:
     """A raster-ordered block of frames x height x width tokens.
 
-    `role` is "main" for what is being generated and "reference" for conditioning pictures (Kontext).
+    `role` is "main" for what is being generated, "reference" for conditioning pictures (Kontext) and "text" for words
+    in a line that a recipe ranks like any other token.
     """
 
     frames: int
     height: int
     width: int
-    role: Literal["main", "reference"] = "main"
+    role: Literal["main", "reference", "text"] = "main"
 
     @property
     def length(self) -> int:
@@ -108,6 +109,11 @@ class TokenLayout:
     def text(self) -> int:
         """Tokens that are not on a grid (text and padding)."""
         return sum(s.length for s in self.segments if not isinstance(s, Grid))
+
+    @cached_property
+    def with_text_ranked(self) -> TokenLayout:
+        """The same tokens, each run of text a line of its own to be ranked like a grid; fillers stay what they are."""
+        return TokenLayout([Grid(1, 1, s.length, role="text") if isinstance(s, Text) else s for s in self.segments])
 
     def spans(self) -> Iterator[tuple[int, Segment]]:
         """Yield (first token, segment) in sequence order."""

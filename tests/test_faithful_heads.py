@@ -85,9 +85,13 @@ def test_svg1_finds_the_axis_a_head_looks_along() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("price", "limit"), [(0.5, 1.0), (0.5, 0.05), (0.0, 5.0), (3.0, 5.0)])
-def test_sparse_vdit(layout: TokenLayout, price: float, limit: float) -> None:
-    """Five patterns: everything, nothing, two bands, columns; least error + price x density, or else everything."""
-    base = resolve("sparse-vdit", **SMALL)
+@pytest.mark.parametrize("faithful", [False, True])
+def test_sparse_vdit(layout: TokenLayout, price: float, limit: float, faithful: bool) -> None:
+    """Five patterns: everything, nothing, two bands, columns; least error + price x density, or else everything.
+
+    Text is computed in all of them, in the paper not where nothing is.
+    """
+    base = resolve("sparse-vdit", faithful=faithful, **SMALL)
     assert base.heads is not None
     recipe = base.override(heads=base.heads.model_copy(update={"price": price, "limit": limit}).model_dump())
     _, plan, q, k, v = made(recipe, layout, heads=3, structured=True)
@@ -99,7 +103,7 @@ def test_sparse_vdit(layout: TokenLayout, price: float, limit: float) -> None:
     full = torch.ones(layout.length, layout.length, dtype=torch.bool)
     options = [
         full,
-        spelled(layout, raster, set()),
+        spelled(layout, raster, set()) if not faithful else torch.zeros_like(full),
         *(spelled(layout, *pattern) for pattern in patterns(layout, share)),
     ]
     options.append(spelled(layout, raster, columns))

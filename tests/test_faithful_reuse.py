@@ -78,6 +78,28 @@ def losses(
     return out
 
 
+def as_duo_divides(lost: list[list[float]], costs: list[float], budget: float) -> list[int]:
+    """Which of two masks each head takes: those that lose most by the first take the second, within the budget."""
+    heads = len(lost)
+    whole = min(range(heads + 1), key=lambda n: (abs(n * costs[1] + (heads - n) * costs[0] - heads * budget), n))
+    everything = sorted(range(heads), key=lambda h: -lost[h][0])[:whole]
+    return [int(h in everything) for h in range(heads)]
+
+
+def as_moa_divides(lost: list[list[float]], costs: list[float], budget: float) -> tuple[int, ...]:
+    """Which mask each head takes: of all ways that a price of width leads to, the one nearest to the budget."""
+    widths = range(len(costs))
+    turns = sorted(  # a head's choice changes only at prices where two of its widths cost alike
+        (a[i] - a[j]) / (costs[j] - costs[i])
+        for a in lost
+        for i, j in itertools.permutations(widths, 2)
+        if costs[i] < costs[j] and a[i] > a[j]
+    )
+    prices = [0.0, *(math.sqrt(x * y) for x, y in itertools.pairwise(turns)), 2 * turns[-1]]
+    ways = {tuple(min(widths, key=lambda i: a[i] + price * costs[i]) for a in lost) for price in prices}
+    return min(ways, key=lambda way: abs(sum(costs[i] for i in way) / len(way) - budget))
+
+
 @pytest.mark.parametrize("layout", [LAYOUTS[1], TokenLayout(grid=(1, 16, 20))], ids=str)
 @pytest.mark.parametrize("budget", [0.5, 0.7])
 def test_duo(layout: TokenLayout, budget: float) -> None:
@@ -85,11 +107,9 @@ def test_duo(layout: TokenLayout, budget: float) -> None:
     _, plan, q, k, v = made(resolve("duo", density=budget, **SMALL), layout, heads=5, structured=True)
     masks, costs = kept_by_heads(layout, [0.1, 1.0], sinks=16)
     for b in range(2):
-        lost = [losses(layout, q[b, :, h], k[b, :, h], v[b, :, h], masks)[0] for h in range(5)]
-        whole = min(range(6), key=lambda n: (abs(n * costs[1] + (5 - n) * costs[0] - 5 * budget), n))
-        everything = sorted(range(5), key=lambda h: -lost[h])[:whole]
-        for h in range(5):
-            assert torch.equal(plan.to_mask()[b, h], masks[h in everything]), (lost, everything)
+        lost = [losses(layout, q[b, :, h], k[b, :, h], v[b, :, h], masks) for h in range(5)]
+        for h, i in enumerate(as_duo_divides(lost, costs, budget)):
+            assert torch.equal(plan.to_mask()[b, h], masks[i]), (h, i, lost)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], TokenLayout(grid=(1, 16, 20))], ids=str)
@@ -101,18 +121,8 @@ def test_moa(layout: TokenLayout, budget: float) -> None:
     masks, costs = kept_by_heads(layout, [0.1, 0.2, 0.35, 0.5, 0.75], sinks=16)
     for b in range(2):
         lost = [losses(layout, q[b, :, h], k[b, :, h], v[b, :, h], masks) for h in range(4)]
-        # a head's choice changes only at prices where two of its widths cost alike
-        turns = sorted(
-            (a[i] - a[j]) / (costs[j] - costs[i])
-            for a in lost
-            for i, j in itertools.permutations(range(5), 2)
-            if costs[i] < costs[j] and a[i] > a[j]
-        )
-        prices = [0.0, *(math.sqrt(x * y) for x, y in itertools.pairwise(turns)), 2 * turns[-1]]
-        ways = {tuple(min(range(5), key=lambda i: a[i] + price * costs[i]) for a in lost) for price in prices}
-        best = min(ways, key=lambda way: abs(sum(costs[i] for i in way) / 4 - budget))
-        for h, i in enumerate(best):
-            assert torch.equal(plan.to_mask()[b, h], masks[i]), (best, lost)
+        for h, i in enumerate(as_moa_divides(lost, costs, budget)):
+            assert torch.equal(plan.to_mask()[b, h], masks[i]), (h, i, lost)
 
 
 # Exact sums with kept log-sum-exps -----------------------------------------------------------------------------------

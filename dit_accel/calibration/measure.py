@@ -11,7 +11,7 @@ from ..call import AttentionCall
 from ..config import HeadChoice, Recipe
 from ..layout import Grid, TokenLayout
 from ..sparsity import heads, rows
-from ..sparsity.decide import decide, option
+from ..sparsity.decide import decide, option, seen_as
 from ..sparsity.inputs import Inputs
 
 COVERED = 0.95  # of a query's attention to the grid: SVOO, arXiv 2603.18636
@@ -28,7 +28,7 @@ def patterns(recipe: Recipe, choice: HeadChoice, count: int) -> Measure:
     recipe = recipe.model_copy(update={"heads": choice, "search": None})
 
     def measure(call: AttentionCall) -> torch.Tensor:
-        inputs = Inputs(call.layout, call.q, call.k, call.v, call.scale, call.key_bias)
+        inputs = Inputs(seen_as(recipe, call.layout), call.q, call.k, call.v, call.scale, call.key_bias)
         made = [decide(option(recipe, number), inputs) for number in range(len(choice.options))]
         losses, costs = heads.measured(choice, [(one.cut, one.mask) for one in made], inputs)
         return torch.stack([losses.mean(1), costs.mean(1)])

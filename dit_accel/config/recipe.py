@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,7 @@ MAPPED = (*AXES, "heads", "precision", "every", "decide_at", "decide_layers", "b
 FIXED = ("all", "none")  # rules that would miss any density
 EXACT = ("neighborhood", "disk")  # rules whose shape is exact to the token, not to the block
 LATTICE = (*EXACT, "lines")  # rules that count tiles along the axes
+PLACES = (*EXACT, "within", "radial", "agents")  # rules for places on a grid, where words have none
 
 
 class Case(Config, frozen=True):
@@ -75,10 +76,12 @@ class Recipe(Config, frozen=True):
     again the step after its queries and keys moved by more than this share of their length instead. `decide_layers`:
     the attention sites that decide, the others take over the decision of the last of them. `dense_steps`: share of the
     first steps left dense. `dense_layers`: first layers left dense. `block_q`, `block_k`: largest kernel tile.
-    `precision`: the numbers in which queries meet keys, "int8" or as given. `cases`: other choices for some layers and
-    steps, later ones win. `total`: what a mixture of densities was made to compute of all pairs after the dense steps;
-    another density scales what its cases ask. `adaptive`: go dense where the measured table says that sparse would be
-    slower (presets). `sources`: the papers.
+    `precision`: the numbers in which queries meet keys, "int8" or as given. `text`: what the papers do with text, which
+    `faithful` carries out for comparison with them: "kept", as ever; "ranked" and dropped like a grid's tokens; or
+    "skipped" by a head that skips the grid. Without `faithful` it is always computed. `cases`: other choices for some
+    layers and steps, later ones win. `total`: what a mixture of densities was made to compute of all pairs after the
+    dense steps; another density scales what its cases ask. `adaptive`: go dense where the measured table says that
+    sparse would be slower (presets). `sources`: the papers.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -99,6 +102,8 @@ class Recipe(Config, frozen=True):
     block_q: Block = 128
     block_k: Block = 64
     precision: Precision = "as given"
+    text: Literal["kept", "ranked", "skipped"] = "kept"
+    faithful: bool = False
     total: Density | None = None
     adaptive: bool = False
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -108,6 +113,8 @@ class Recipe(Config, frozen=True):
         for case in (self, *self.cases):  # a case alone in force; what several make together is checked when it is
             chosen = {name: getattr(case, name) or getattr(self, name) for name in (*AXES, "heads", "precision")}
             _check_choice(**chosen, search=self.search)
+            if self.text == "ranked":
+                _check_ranked(chosen["score"], chosen["select"], chosen["heads"], self.search)
         if self.heads is not None and self.search is not None:
             raise ValueError("heads choose online, a search is done by calibration: name one of them")
         content = self.order.kind in ("importance", "kmeans")
@@ -126,6 +133,22 @@ class Recipe(Config, frozen=True):
     def mixture_note(self) -> str:
         """What the asked density of a mixture is a share of."""
         return f"{self.name} mixes recipes: density {self.total} is asked of all calls after the dense steps together"
+
+    @property
+    def faithful_note(self) -> str:
+        """What a faithful recipe does with text."""
+        does = {"kept": "kept", "ranked": "ranked and dropped like a grid's tokens", "skipped": "skipped with the grid"}
+        return f"faithful: text is {does[self.text]}"
+
+    @property
+    def ranks_text(self) -> bool:
+        """Whether words are ranked and dropped like the tokens of a grid."""
+        return self.faithful and self.text == "ranked"
+
+    @property
+    def skips_text(self) -> bool:
+        """Whether a head that skips the grid skips text too."""
+        return self.faithful and self.text == "skipped"
 
     @property
     def content_driven(self) -> bool:
@@ -267,6 +290,14 @@ def _check_choice(
         raise ValueError("heads that choose among patterns can only be corrected by 'delta' or 'residual'")
     if select.kind == "agents":
         raise ValueError("select 'agents' computes no pairs that a correction could complete")
+
+
+def _check_ranked(score: Score, select: Select, heads: HeadChoice | None, search: HeadChoice | None) -> None:
+    options = [option for choice in (heads, search) if choice for option in choice.options]
+    pairs = [(option.score, option.select) for option in options]
+    for worth, rule in pairs if heads else [(score, select), *pairs]:
+        if rule.kind in PLACES or not (rule.geometric or worth.kind != "geometry"):
+            raise ValueError("text 'ranked' needs rules that words have part in, not places on a grid")
 
 
 def _check_axes(order: Order, score: Score, select: Select, keeps: Keeps, option: bool = False) -> None:

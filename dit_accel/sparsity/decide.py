@@ -64,7 +64,12 @@ def tiling_for(recipe: Recipe, layout: TokenLayout) -> Tiling:
     dilation = recipe.select.dilation if isinstance(recipe.select, NeighborhoodSelect) else (1, 1, 1)
     per_tile = isinstance(recipe.select, NeighborhoodSelect) and recipe.select.per == "tile"
     dilation = (1, 1, 1) if per_tile else dilation
-    return tiling(layout, _static(recipe), recipe.block_q, recipe.block_k, dilation)
+    return tiling(seen_as(recipe, layout), _static(recipe), recipe.block_q, recipe.block_k, dilation)
+
+
+def seen_as(recipe: Recipe, layout: TokenLayout) -> TokenLayout:
+    """Return a layout as a recipe sees it: with words among what it ranks, where it does."""
+    return layout.with_text_ranked if recipe.ranks_text else layout
 
 
 def _static(recipe: Recipe) -> StaticOrder:
@@ -75,13 +80,18 @@ def _static(recipe: Recipe) -> StaticOrder:
 
 
 def decide(recipe: Recipe, inputs: Inputs) -> Decision:
-    """Return what a recipe computes. Text rows and columns are always computed; it chooses among grid pairs."""
+    """Return what a recipe computes. Text rows and columns are always computed; it chooses among grid pairs.
+
+    The layout of `inputs` is the one that the recipe sees.
+    """
     if recipe.heads is not None:
         choose = _as_given if recipe.heads.given else _by_loss
         return choose(recipe, recipe.heads, inputs)
     tiles, device = tiling_for(recipe, inputs.layout), inputs.q.device
     if recipe.select.geometric:
-        return Decision(tiles.on(device).cut, _by_place(tiles, recipe.select, recipe.keeps, device))
+        mask = _by_place(tiles, recipe.select, recipe.keeps, device)
+        skipped = recipe.select.kind == "none" and recipe.skips_text
+        return Decision(tiles.on(device).cut, torch.zeros_like(mask) if skipped else mask)
     cut, warm = _cut(recipe, tiles, inputs)
     keep = _grid_keep(tiles, recipe.keeps, device)
     if isinstance(recipe.order, ImportanceOrder | KMeansOrder):

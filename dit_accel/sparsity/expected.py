@@ -11,20 +11,22 @@ import torch
 from ..config import AgentSelect, ErrorSelect, ImportanceOrder, KMeansOrder, Recipe, TopPSelect
 from ..layout import TokenLayout
 from . import content, papers, shapes
-from .decide import grid_share, keep_mask, option, tiling_for
+from .decide import grid_share, keep_mask, option, seen_as, tiling_for
 
 
 @lru_cache(maxsize=256)
 def least_density(recipe: Recipe, layout: TokenLayout) -> float:
     """Return what a budget cannot go below: text with everything, and what the recipe keeps whatever its score."""
+    layout = seen_as(recipe, layout)
     cells = layout.length - layout.text
-    return 1 - (cells / layout.length) ** 2 + _kept_pairs(recipe, layout) / layout.length**2
+    text = 0.0 if recipe.skips_text else 1 - (cells / layout.length) ** 2
+    return text + _kept_pairs(recipe, layout) / layout.length**2
 
 
 @lru_cache(maxsize=256)
 def budget_density(recipe: Recipe, layout: TokenLayout) -> float | None:
     """Return what a recipe that follows the content comes to on a layout, None where no budget says it."""
-    choice, asked = recipe.heads, recipe.density
+    choice, asked, layout = recipe.heads, recipe.density, seen_as(recipe, layout)
     if choice is None or not any(o.select.geometric for o in choice.options):
         return None if asked is None else max(asked, least_density(recipe, layout))
     sizes = _option_sizes(recipe, layout)
@@ -36,11 +38,13 @@ def budget_density(recipe: Recipe, layout: TokenLayout) -> float | None:
 
 def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     """Say in plain words when the asked density cannot be met on this layout by so many heads, else ''."""
-    asked = recipe.density
+    asked, layout = recipe.density, seen_as(recipe, layout)
     if asked is None:
         return ""
     cells = layout.length - layout.text
     least = least_density(recipe, layout)
+    if asked < least and not layout.text:
+        return f"asked density {asked:g}, the least here is {least:.2f}: kept blocks always take it; use smaller tiles"
     if asked < least:
         text_share = 1 - (cells / layout.length) ** 2
         return (
@@ -130,7 +134,8 @@ def _option_sizes(recipe: Recipe, layout: TokenLayout) -> list[float]:
             mask = shapes.unit_mask(tiles, here.select, share)
             keep = keep_mask(tiles, recipe.keeps, torch.device("cpu")).numpy()[tiles.grid][:, tiles.grid]
             got = shapes.share_of(mask | keep, shapes.sizes(tiles))
-            sizes.add(1 + (got - 1) * (cells / layout.length) ** 2)
+            skipped = here.select.kind == "none" and recipe.skips_text
+            sizes.add(0.0 if skipped else 1 + (got - 1) * (cells / layout.length) ** 2)
     return sorted(sizes)
 
 

@@ -15,9 +15,14 @@ from .tiling import Tiling
 
 @lru_cache(maxsize=64)
 def displacements(tiling: Tiling, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Number the displacements between tiles: which one each pair has, int64 [units, units]; its pairs, its queries."""
+    """Number the displacements between tiles: which one each pair has, int64 [units, units]; its pairs, its queries.
+
+    Runs of words, where they are ranked, lie on an axis of their own.
+    """
     at = np.rint(tiling.position[tiling.grid]).astype(np.int64)
-    apart = (at[None] - at[:, None]).reshape(-1, 3)
+    words = tiling.words[tiling.grid]
+    at = np.column_stack([at * ~words[:, None], (at[:, 2] + 1) * words])
+    apart = (at[None] - at[:, None]).reshape(-1, 4)
     _, which = np.unique(apart, axis=0, return_inverse=True)
     tokens = tiling.tokens[tiling.grid].astype(np.float64)
     which = which.reshape(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -27,6 +28,7 @@ from .state import state_bytes
 
 STATE_LIMIT = 8 << 30  # bytes of decisions kept between steps
 LAYOUT_LIMIT = 8  # geometric plans kept
+MASKED = "faithful: text holds padding here, so it is kept, not ranked"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,14 @@ class Planner:
             self._forget_run()
             self._run = call.step.run
         recipe = self.recipe_at(call.site, call.step)
+        if not recipe.ranks_text:
+            return self._made(recipe, call)
+        if call.key_bias is not None:
+            made = self._made(_keeping_text(recipe), call)
+            return replace(made, note=joined(made.note, MASKED))
+        return self._made(recipe, replace(call, layout=call.layout.with_text_ranked))
+
+    def _made(self, recipe: Recipe, call: AttentionCall) -> Plan:
         made = self._by_content(recipe, call) if recipe.content_driven else self._geometric(recipe, call)
         return made if made.precision == recipe.precision else replace(made, precision=recipe.precision)
 
@@ -242,6 +252,11 @@ def _followed(recipe: Recipe, kept: _Kept, probe: Probe, call: AttentionCall) ->
         kept = replace(kept, plan=replace(kept.plan, bits=bits), probe=probe)
     probe.measure(now, recipe.drift)
     return kept
+
+
+@lru_cache(maxsize=256)
+def _keeping_text(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"faithful": False})
 
 
 def first_sparse(total: int, dense_steps: float) -> int:

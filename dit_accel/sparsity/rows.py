@@ -21,17 +21,31 @@ def sample(layout: TokenLayout, count: int, device: torch.device) -> torch.Tenso
     """Return about `count` tokens spread evenly over the main grid, or all of them, int64 [rows]; always the same ones.
 
     One per cell of a coarse grid, jittered by a fixed low-discrepancy sequence so that no row or column is favoured.
-    Papers on language models take the last queries instead, which in a picture are one corner.
+    Papers on language models take the last queries instead, which in a picture are one corner. Words that are ranked
+    like a grid's tokens are asked by their share of both, evenly spaced.
     """
+    lines = [(s, g.length) for s, g in layout.spans() if isinstance(g, Grid) and g.role == "text"]
+    every = sum(length for _, length in lines) + layout.main.length
+    taken = [min(round(count * length / every), length) for _, length in lines]
+    words = [
+        start + (2 * torch.arange(n) + 1) * length // (2 * n)
+        for (start, length), n in zip(lines, taken, strict=True)
+        if n
+    ]
+    cells = _on_main(layout, max(count - sum(taken), 1))
+    return torch.cat([*words, cells]).sort().values.to(device)
+
+
+def _on_main(layout: TokenLayout, count: int) -> torch.Tensor:
     start, grid = next((s, g) for s, g in layout.spans() if isinstance(g, Grid) and g == layout.main)
     if count >= grid.length:
-        return torch.arange(start, start + grid.length, device=device)
+        return torch.arange(start, start + grid.length)
     # Roberts' R3 sequence: its points fill the unit cube evenly at any count
     golden = 1.2207440846057596
     points = (0.5 + np.arange(1, count + 1)[:, None] * golden ** -np.arange(1, 4)) % 1
     cells = (points * np.array(grid.shape)).astype(np.int64)
     tokens = start + np.ravel_multi_index((cells[:, 0], cells[:, 1], cells[:, 2]), grid.shape)
-    return torch.from_numpy(np.unique(tokens)).to(device)
+    return torch.from_numpy(np.unique(tokens))
 
 
 def operand(x: torch.Tensor) -> torch.Tensor:

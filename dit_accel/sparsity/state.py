@@ -6,7 +6,7 @@ from ..config import ImportanceOrder, KMeansOrder, MassScore, Recipe, ResidualCo
 from ..kernels.block_sparse import COARSE_QUERIES, FINE_KEYS
 from ..layout import Grid, TokenLayout
 from .content import clusters
-from .decide import option, tiling_for
+from .decide import option, seen_as, tiling_for
 from .drift import PROBES
 
 
@@ -17,6 +17,7 @@ def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim
     centroids, float32, of `dim` channels; for cached log-sum-exps a float32 for each query, for residuals that and an
     output of `itemsize`.
     """
+    layout = seen_as(recipe, layout)
     total = _of_decisions(recipe, layout, batch, heads, dim)
     if isinstance(recipe.score, MassScore) and recipe.score.cached and recipe.heads is None:
         tiling = tiling_for(recipe, layout)
@@ -24,7 +25,7 @@ def state_bytes(recipe: Recipe, layout: TokenLayout, batch: int, heads: int, dim
     if isinstance(recipe.correct, ResidualCorrect):
         total += batch * heads * layout.length * (dim * itemsize + 4)
     if recipe.drift is not None:
-        total += batch * 2 * heads * dim * itemsize * min(PROBES, layout.main.length)
+        total += batch * 2 * heads * dim * itemsize * min(PROBES, layout.length - layout.text)
     return total
 
 

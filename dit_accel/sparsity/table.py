@@ -111,6 +111,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="xattention",
+        text="ranked",
         order=RasterOrder(),
         score=AntidiagonalScore(stride=16),
         select=TopPSelect(p=0.9),
@@ -119,6 +120,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="sparge",
+        text="ranked",
         order=HilbertOrder(),
         score=PooledScore(smooth=True, trust=-0.1),
         select=TopKSelect(density=0.5),
@@ -126,6 +128,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="pbs",
+        text="ranked",
         order=ImportanceOrder(),
         score=PooledScore(),
         select=TopPSelect(p=0.9),
@@ -162,6 +165,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="minference",
+        text="ranked",
         order=TileOrder(picture=(1, 8, 8), video=(4, 4, 4)),
         score=SampledScore(),
         select=LinesSelect(columns=0.2, density=0.1),
@@ -169,6 +173,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="zipvl",
+        text="ranked",
         order=ImportanceOrder(),
         score=SampledScore(),
         select=TopPSelect(p=0.975),
@@ -177,6 +182,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="double-sparsity",
+        text="ranked",
         order=GilbertOrder(),
         score=ChannelScore(share=0.25),
         select=TopKSelect(density=0.3),
@@ -185,6 +191,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="hip",
+        text="ranked",
         order=HilbertOrder(),
         score=TreeScore(queries=4),
         select=TopKSelect(density=0.1),
@@ -195,6 +202,7 @@ BY_CONTENT = _by_name(
     ),
     Recipe(
         name="sale",
+        text="ranked",
         order=HilbertOrder(),
         score=LowBitScore(bits=4),
         select=ThresholdSelect(above=0.008),
@@ -219,6 +227,7 @@ BY_HEAD = _by_name(
     Recipe(name="svg1", heads=HeadChoice(options=(_band("fhw"), _band("hwf"))), keeps=NOTHING, sources=(papers.SVG,)),
     Recipe(
         name="sparse-vdit",
+        text="skipped",
         heads=HeadChoice(
             options=(
                 Option(select=AllSelect()),
@@ -250,6 +259,7 @@ BY_HEAD = _by_name(
     ),
     Recipe(
         name="flexprefill",
+        text="ranked",
         heads=HeadChoice(
             options=(
                 Option(order=BLOCKS_OF_128, score=PooledScore(weigh=True), select=CumulativeSelect(p=0.9)),
@@ -263,6 +273,7 @@ BY_HEAD = _by_name(
     ),
     Recipe(
         name="duo",
+        text="ranked",
         heads=HeadChoice(options=(_band(density=0.1), Option(select=AllSelect())), budget=0.5),
         keeps=Keeps(sinks=16),
         every=1000,
@@ -270,6 +281,7 @@ BY_HEAD = _by_name(
     ),
     Recipe(
         name="moa",
+        text="ranked",
         heads=HeadChoice(options=tuple(_band(density=d) for d in (0.1, 0.2, 0.35, 0.5, 0.75)), budget=0.5),
         keeps=Keeps(sinks=64),
         every=1000,
@@ -325,6 +337,7 @@ CORRECTED = _by_name(
     ),
     Recipe(
         name="delta",
+        text="ranked",
         order=AxesOrder(),
         select=BandSelect(density=0.2),
         correct=DeltaCorrect(stride=64),
@@ -339,6 +352,7 @@ CORRECTED = _by_name(
     ),
     Recipe(
         name="tidal",
+        text="ranked",
         order=GilbertOrder(),
         score=MassScore(),
         select=TopKSelect(density=0.3),

@@ -23,7 +23,8 @@ class Tiling:
 
     Keys are chosen in `key_parts` equal parts of a unit, each of them a unit of the keys' side of the cut.
     `slots` [units * unit] token indices; `tokens` [units] real tokens; `grid` [units] whether the unit lies on a
-    grid (else text); `position` [units, 3] in unit lengths; `first_frame` and `sink_rank` [units] for keeps.
+    grid (else text); `words` [units] whether it holds text that is ranked like a grid's tokens; `position` [units, 3]
+    in unit lengths; `first_frame` and `sink_rank` [units] for keeps.
     """
 
     layout: TokenLayout
@@ -33,6 +34,7 @@ class Tiling:
     slots: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int64]
     grid: npt.NDArray[np.bool_]
+    words: npt.NDArray[np.bool_]
     position: npt.NDArray[np.float64]
     first_frame: npt.NDArray[np.bool_]
     sink_rank: npt.NDArray[np.int64]
@@ -119,6 +121,7 @@ class _Unit:
     tokens: npt.NDArray[np.int64]
     position: tuple[float, float, float]
     grid: bool
+    words: bool = False
     first_frame: bool = False
     sink_rank: int = 1 << 40
 
@@ -133,6 +136,7 @@ def tiling(
     """
     side = _tile(layout.main, order) if isinstance(order, TileOrder) else None
     lattice = isinstance(order, TileOrder) and not order.packed
+    ranked = any(isinstance(s, Grid) and s.role == "text" for s in layout.segments)
     longest = key_run = int(np.prod(side)) if side else max(block_q, block_k)
     if isinstance(order, HilbertOrder | GilbertOrder) and order.key_run:
         longest, key_run = orders.fit_runs(layout.main.length, longest, order.key_run)
@@ -141,9 +145,15 @@ def tiling(
     units: list[_Unit] = []
     for start, segment in layout.spans():
         if isinstance(segment, Grid):
-            pieces = _pieces(segment.shape, order, side, unit, dilation)
-            length = side or (unit ** (1 / max(sum(extent > 1 for extent in segment.shape), 1)),) * 3
-            units += _grid_units(start, segment, layout.main, pieces, np.array(length), lattice)
+            line = segment.role == "text"  # cut as it lies, whatever the order of a grid
+            pieces = orders.raster(segment.shape, unit) if line else _pieces(segment.shape, order, side, unit, dilation)
+            length = (
+                (unit,) * 3
+                if line
+                else side or (unit ** (1 / max(sum(extent > 1 for extent in segment.shape), 1)),) * 3
+            )
+            before = start if ranked else 0
+            units += _grid_units(start, segment, layout.main, pieces, np.array(length), lattice, before)
         else:
             run = np.arange(start, start + segment.length, dtype=np.int64)
             units += [_Unit(piece, (0.0, 0.0, 0.0), grid=False) for piece in orders.runs(run, unit)]
@@ -158,6 +168,7 @@ def tiling(
         slots=slots.reshape(-1),
         tokens=np.array([len(u.tokens) for u in units]),
         grid=np.array([u.grid for u in units]),
+        words=np.array([u.words for u in units]),
         position=np.array([u.position for u in units], dtype=np.float64),
         first_frame=np.array([u.first_frame for u in units]),
         sink_rank=np.array([u.sink_rank for u in units]),
@@ -189,10 +200,20 @@ def _pieces(
 
 
 def _grid_units(
-    start: int, grid: Grid, main: Grid, pieces: list[orders.Array], length: npt.NDArray[np.number], lattice: bool
+    start: int,
+    grid: Grid,
+    main: Grid,
+    pieces: list[orders.Array],
+    length: npt.NDArray[np.number],
+    lattice: bool,
+    before: int,
 ) -> list[_Unit]:
-    """Place pieces of a grid, `length` being that of a unit on each axis: in whole units on a lattice, else by mean."""
-    scale = np.array(main.shape) / np.array(grid.shape)  # a reference lies over the picture it conditions
+    """Place pieces of a grid, `length` being that of a unit on each axis: in whole units on a lattice, else by mean.
+
+    The grid's first token is that of number `before` among those whose first ones are sinks.
+    """
+    line = grid.role == "text"
+    scale = 1 if line else np.array(main.shape) / np.array(grid.shape)  # a reference lies over what it conditions
     units = []
     for piece in pieces:
         cells = np.stack(np.unravel_index(piece, grid.shape), axis=-1)
@@ -203,8 +224,9 @@ def _grid_units(
                 tokens=piece + start,
                 position=(float(position[0]), float(position[1]), float(position[2])),
                 grid=True,
+                words=line,
                 first_frame=is_main and bool((cells[:, 0] == 0).any()),
-                sink_rank=int(piece.min()) if is_main else 1 << 40,
+                sink_rank=before + int(piece.min()) if is_main or line else 1 << 40,
             )
         )
     return units
