@@ -143,6 +143,12 @@ def sparse_candidates(
     return list(found.values())
 
 
+def definition_of(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain data: what papers do with text only where it is faithful to them, else nobody does."""
+    data = recipe.model_dump(mode="json")
+    return data if recipe.faithful else {key: data[key] for key in data if key not in ("text", "faithful")}
+
+
 def calibrated_candidates(files: Sequence[Path], dense_steps: float, dense_layers: int) -> list[Candidate]:
     """Return the recipe of each profile, calibrated, dense steps and layers as for the others. Raises ConfigError."""
     found: dict[str, Candidate] = {}
@@ -154,7 +160,7 @@ def calibrated_candidates(files: Sequence[Path], dense_steps: float, dense_layer
         if name in found:
             raise ConfigError(f"profile {file}: another one is called {name} already; a study takes one of each.")
         mark = hashlib.sha256(profile.text().encode()).hexdigest()[:16]
-        definition = {**recipe.model_dump(mode="json"), "profile": mark}
+        definition = {**definition_of(recipe), "profile": mark}
         found[name] = Sparse(name, "recipe", definition, asked, recipe, profile)
     return list(found.values())
 
@@ -173,7 +179,7 @@ def _sparse(name: str, density: float, dense_steps: float, dense_layers: int) ->
     recipe = resolve(named, density=asked).override(**same)
     label = ORACLE if family == "oracle" else base.name
     shown = label if asked is None else f"{label}@{asked:g}"
-    return Sparse(shown, family, recipe.model_dump(mode="json"), asked, recipe)
+    return Sparse(shown, family, definition_of(recipe), asked, recipe)
 
 
 def _takes_no_density(recipe: Recipe) -> bool:

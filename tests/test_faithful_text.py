@@ -375,7 +375,8 @@ def test_a_kept_decision_is_that_of_the_same_words() -> None:
 )
 def test_rules_of_places_refuse_to_rank_words(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="text 'ranked' needs rules that words have part in, not places on a grid"):
-        resolve("sparge", **changes)
+        resolve("sparge", faithful=True, **changes)
+    assert resolve("sparge", **changes).text == "ranked"  # it is only carried out where it is asked for
 
 
 def test_a_pipeline_runs_faithfully_and_says_so() -> None:

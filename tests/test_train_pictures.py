@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 FOLDER = Path(__file__).parent.parent / "examples" / "train_demo"
-MODULES = ("captions", "data", "export", "guide", "optimizer", "parallel", "train")
+MODULES = ("captions", "data", "dream", "export", "guide", "optimizer", "parallel", "train")
 KNOWN, FURTHER, TOKENS, CHANNELS, VIEWS = 6, 8, 3, 2, 3
 
 
@@ -132,3 +132,29 @@ def test_rules_of_guidance(demo, rule: str, at: float, expected: tuple[float, ..
 def test_a_rule_that_is_none_is_refused(demo) -> None:
     with pytest.raises(SystemExit, match=r"style 1\.6"):
         demo.guide.rule_of("stile 3")
+
+
+def test_dreams_take_other_noise_and_the_other_styles_in_turn(demo) -> None:
+    below = torch.tensor([[1, 2, 3], [5, 6, 7]])
+    dreams = demo.dream.dreams_of(below, ["none", "style 2"], [1.0, 0.7], each=4, seed=3)
+    assert len(dreams) == 2 * 2 * 4 * 2
+    assert len({one.seed for one in dreams}) == len(dreams)
+    assert [one.below for one in dreams if (one.pair, one.rule, one.start) == (1, "style 2", 0.7)] == [5, 6, 7, 5]
+    assert demo.dream.dreams_of(below, ["none", "style 2"], [1.0, 0.7], each=4, seed=3) == dreams
+
+
+def test_the_surest_dreams_of_each_pair_are_kept(demo) -> None:
+    dreams = demo.dream.dreams_of(torch.tensor([[0], [0], [0]]), ["none"], [1.0], each=3, seed=0)
+    worth = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2, 0.4, 0.3, 0.8, 0.6])  # three pairs in turn
+    assert demo.dream.best(dreams, worth, 2) == [3, 6, 1, 7, 8, 2]
+    assert [dreams[i].pair for i in demo.dream.best(dreams, worth, 9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_surety_is_the_probability_of_thing_and_style(demo) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 4.0]])
+    pairs = [pair(demo, 1, "owl", 0), pair(demo, 2, "tram", 3)]
+    found = demo.dream.surety(lambda _: logits, torch.zeros(2, 3, 256, 256), pairs)
+    expected = [
+        float(a.softmax(-1)[p.concept] * b.softmax(-1)[p.style]) for a, b, p in zip(*logits, pairs, strict=True)
+    ]
+    assert found.exp().tolist() == pytest.approx(expected)

@@ -113,7 +113,7 @@ class Recipe(Config, frozen=True):
         for case in (self, *self.cases):  # a case alone in force; what several make together is checked when it is
             chosen = {name: getattr(case, name) or getattr(self, name) for name in (*AXES, "heads", "precision")}
             _check_choice(**chosen, search=self.search)
-            if self.text == "ranked":
+            if self.ranks_text:
                 _check_ranked(chosen["score"], chosen["select"], chosen["heads"], self.search)
         if self.heads is not None and self.search is not None:
             raise ValueError("heads choose online, a search is done by calibration: name one of them")

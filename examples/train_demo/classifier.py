@@ -3,7 +3,8 @@
     python classifier.py --seconds 40 --target .data/training/classifier.safetensors
 
 Held-out pairs ask for a concept in a style it was never seen in, so colours are changed strongly for the
-concept network, and the style network is a narrow one that sees pictures zoomed, shifted and turned.
+concept network, and the style network is a narrow one that sees pictures zoomed, shifted and turned. A second
+judge, which `dream.py` chooses by, has another seed, and its style network sees further concepts too (`--further`).
 """
 
 import argparse
@@ -106,7 +107,8 @@ def style_view(x: torch.Tensor) -> torch.Tensor:
 
 
 def train(pairs: list[Pair], pictures: torch.Tensor, seconds: float, batch: int, concepts: int) -> Judge:
-    device = pictures.device
+    """Train on pictures [N, 3, SIDE, SIDE]; those of further concepts come last and teach the style network alone."""
+    device, known = pictures.device, sum(not p.extra for p in pairs)
     judge = Judge(concepts).to(device, memory_format=torch.channels_last)
     concept = torch.tensor([p.concept for p in pairs], device=device)
     style = torch.tensor([p.style for p in pairs], device=device)
@@ -117,13 +119,12 @@ def train(pairs: list[Pair], pictures: torch.Tensor, seconds: float, batch: int,
             done = (time.time() - start) / seconds
         for settings in optimizer.param_groups:
             settings["lr"] = 3e-3 * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
-        chosen = torch.randint(len(pictures), (batch,), device=device)
-        x = pictures[chosen]
+        chosen, seen = (torch.randint(count, (batch,), device=device) for count in (known, len(pictures)))
         with torch.autocast(device.type, torch.bfloat16):
-            named = judge.concept(concept_view(x).contiguous(memory_format=torch.channels_last))
-            styled = judge.style(style_view(x).contiguous(memory_format=torch.channels_last))
+            named = judge.concept(concept_view(pictures[chosen]).contiguous(memory_format=torch.channels_last))
+            styled = judge.style(style_view(pictures[seen]).contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(named, concept[chosen], label_smoothing=0.1)
-            loss = loss + F.cross_entropy(styled, style[chosen], label_smoothing=0.05)
+            loss = loss + F.cross_entropy(styled, style[seen], label_smoothing=0.05)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -145,11 +146,14 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=Path(".data/training/classifier.safetensors"))
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--further", action="store_true", help="teach the style network further concepts too")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     pairs = load_pairs(args.data)
     trained = [p for p in pairs if not p.held_out]
+    trained += load_pairs(args.data, "extras.json") if args.further else []
     pictures = shrink(load_pictures(trained).to(args.device).float() / 255, SIDE)
     judge = train(trained, pictures, args.seconds, args.batch, 1 + max(p.concept for p in pairs))
     weights = {k: v if "num_batches" in k else v.half() for k, v in judge.state_dict().items()}

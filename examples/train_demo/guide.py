@@ -47,8 +47,19 @@ def rule_of(text: str) -> Callable[[float, Predict], torch.Tensor]:
 
 
 @torch.no_grad()
-def draw(pipe: FluxPipeline, pairs: list[Pair], seeds: list[int], rule: str, side: int = 128) -> torch.Tensor:
-    """Packed, scaled latents [N, tokens, channels]; the noise of each by its seed, drawn on the CPU."""
+def draw(
+    pipe: FluxPipeline,
+    pairs: list[Pair],
+    seeds: list[int],
+    rule: str,
+    side: int = 128,
+    first: float = 1.0,
+    below: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Packed, scaled latents [N, tokens, channels]; the noise of each by its seed, drawn on the CPU.
+
+    With a `first` time under 1 they start from the latents `below` with so much noise over them.
+    """
     steps, shift, length = SETTINGS[side]
     device, dtype, velocity = pipe.transformer.device, pipe.transformer.dtype, rule_of(rule)
     things = {True: [pair.label for pair in pairs], False: [UNK for _ in pairs]}
@@ -64,7 +75,8 @@ def draw(pipe: FluxPipeline, pairs: list[Pair], seeds: list[int], rule: str, sid
     ids = image_ids(side, 1, device)
     x = torch.stack([torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
     times = torch.linspace(1, 1 / steps, steps)
-    times = [*(shift * times / (1 + (shift - 1) * times)).tolist(), 0.0]
+    times = [first, *(t for t in (shift * times / (1 + (shift - 1) * times)).tolist() if t < first), 0.0]
+    x = x if below is None else torch.lerp(below.to(x), x, first)
     for at, after in itertools.pairwise(times):
 
         def predict(styled: bool, named: bool, x: torch.Tensor = x, at: float = at) -> torch.Tensor:

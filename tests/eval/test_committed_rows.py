@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from dit_accel.eval.candidates import sparse_candidates
+from dit_accel.eval.candidates import definition_of, sparse_candidates
 from dit_accel.eval.modelled import RESULTS
 from dit_accel.eval.store import load
+from dit_accel.sparsity.recipes import resolve
 
 Definitions = dict[str, dict[str, Any]]
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
@@ -58,3 +59,9 @@ def test_a_changed_setting_is_seen() -> None:
     assert differing(draft, {**draft, "block_q": 1}) == {"block_q"}
     assert differing(draft, {**draft, "order": {**draft["order"], "packed": False}}) == {"order.packed"}
     assert differing(draft, {**draft, "order": {"kind": "raster"}}) == {"order"}
+
+
+def test_what_papers_do_with_text_is_said_only_of_those_who_do_it() -> None:
+    file = {"name": "own", "base": "sparge", "faithful": True}
+    assert {"text", "faithful"}.isdisjoint(definition_of(resolve("sparge")))
+    assert definition_of(resolve(file)).items() >= {"text": "ranked", "faithful": True}.items()
