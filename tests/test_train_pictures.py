@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 FOLDER = Path(__file__).parent.parent / "examples" / "train_demo"
-MODULES = ("captions", "data", "dream", "export", "guide", "optimizer", "parallel", "train")
+MODULES = ("captions", "data", "dream", "export", "guide", "model", "optimizer", "parallel", "restyle", "train")
 KNOWN, FURTHER, TOKENS, CHANNELS, VIEWS = 6, 8, 3, 2, 3
 
 
@@ -153,8 +153,103 @@ def test_the_surest_dreams_of_each_pair_are_kept(demo) -> None:
 def test_surety_is_the_probability_of_thing_and_style(demo) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 4.0]])
     pairs = [pair(demo, 1, "owl", 0), pair(demo, 2, "tram", 3)]
-    found = demo.dream.surety(lambda _: logits, torch.zeros(2, 3, 256, 256), pairs)
+    found = demo.dream.surety([lambda _: logits], torch.zeros(2, 3, 256, 256), pairs)
     expected = [
         float(a.softmax(-1)[p.concept] * b.softmax(-1)[p.style]) for a, b, p in zip(*logits, pairs, strict=True)
     ]
     assert found.exp().tolist() == pytest.approx(expected)
+    unsure = torch.zeros(2, 3), torch.zeros(2, 4)
+    both = demo.dream.surety([lambda _: logits, lambda _: unsure], torch.zeros(2, 3, 256, 256), pairs)
+    assert both.exp().tolist() == pytest.approx([(one / 12) ** 0.5 for one in expected])  # the geometric mean
+    assert not demo.dream.surety([], torch.zeros(2, 3, 256, 256), pairs).any()
+
+
+def test_noised_leads_from_whatever_is_below_to_the_picture(demo) -> None:
+    torch.manual_seed(0)
+    x0, seen, times = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.tensor([0.5, 0.8, 1.0])
+    noisy, velocity = demo.train.noised(x0, seen, times)
+    torch.testing.assert_close(noisy - times[:, None, None] * velocity, x0)
+    noisy, velocity = demo.train.noised(x0, x0, torch.tensor([0.01, 0.2, 0.4]))  # no swap so near the picture
+    torch.testing.assert_close(noisy - torch.tensor([0.01, 0.2, 0.4])[:, None, None] * velocity, x0)
+
+
+def test_a_widened_transformer_draws_as_before_until_it_is_trained(demo, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = demo.model.SHAPES["tiny"]
+    transformer = demo.model.build_transformer(shape)
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    ids = demo.model.image_ids(16, 1, torch.device("cpu"))
+    given = {
+        "timestep": torch.full((2,), 0.6),
+        "guidance": torch.ones(2),
+        "pooled_projections": torch.randn(2, shape.clip_width),
+        "encoder_hidden_states": torch.randn(2, 3, shape.t5_width),
+        "txt_ids": torch.zeros(3, 3),
+        "img_ids": ids,
+        "return_dict": False,
+    }
+    noisy, seen = torch.randn(2, len(ids), 16), torch.randn(2, len(ids), 64)
+    with torch.no_grad():
+        stock = transformer(hidden_states=noisy, **given)[0]
+        demo.restyle.widen(transformer)
+        both = torch.cat([noisy, seen], -1)
+        torch.testing.assert_close(transformer(hidden_states=both, **given)[0], stock)
+        transformer.x_embedder.weight[:, 16:] = 0.1
+        trained = transformer(hidden_states=both, **given)[0]
+    assert not torch.allclose(trained, stock)
+    save_file(transformer.state_dict(), tmp_path / "restyle.safetensors")
+    other = demo.model.build_transformer(shape)
+    demo.restyle.load_restyling(other, tmp_path / "restyle.safetensors")
+    with torch.no_grad():
+        assert other(hidden_states=both, **given)[0].equal(trained)
+
+
+def test_restyling_sees_every_style_but_its_own_and_none_that_is_held_out(demo) -> None:
+    pairs = [pair(demo, c, label, s, held_out=s == c) for c, label in enumerate(("taco", "owl")) for s in range(4)]
+    further = [pair(demo, 1, "tent", s, extra=True) for s in range(4)]  # its number is the owl's
+    trained = [p for p in pairs if not p.held_out] + further
+    places = demo.restyle.places_by_style(trained + [pairs[0], pairs[5]], len(trained))
+    assert places[0].tolist() == [-1, -1, 1, 2]  # the taco's second style; its first is held out
+    assert places[3].tolist() == [-1, -1, 4, 5]
+    assert places[7].tolist() == [6, -1, 8, 9]
+    assert places[-2:].tolist() == [[-1, 0, 1, 2], [3, -1, 4, 5]]
+    latents = torch.arange(10.0)[:, None, None].expand(10, 3, 2) + 1
+    seen = demo.restyle.side_by_side(latents.__getitem__, places[[0, -1]])
+    assert seen.shape == (2, 3, 8)
+    assert seen[:, 0].tolist() == [[0, 0, 0, 0, 2, 2, 3, 3], [4, 4, 0, 0, 5, 5, 6, 6]]
+
+
+class Seeing(nn.Module):
+    """In a transformer's place: keeps what it was given, predicts nothing."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[torch.Tensor] = []
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        self.given.append(hidden_states)
+        return (torch.zeros_like(hidden_states[..., :16]),)
+
+
+def test_dreams_see_their_own_things_pictures(demo) -> None:
+    transformer = Seeing()
+    transformer.x_embedder = nn.Linear(80, 1)
+    pipe = SimpleNamespace(
+        transformer=transformer,
+        encode_prompt=lambda clip, texts, **_: (torch.zeros(len(texts), 2, 4), torch.zeros(len(texts), 4), None),
+    )
+    missing = [pair(demo, 0, "taco", 1), pair(demo, 1, "owl", 3)]
+    dreams = demo.dream.dreams_of(torch.tensor([[1], [2]]), ["unnamed below 1.1"], [0.5], each=1, seed=0)
+    real = torch.randn(3, 1024, 16)
+    beside = torch.tensor([[0, -1, 1, -1], [-1, 2, -1, -1]])
+    drawn, worth = demo.dream.dream(pipe, missing, dreams, real, beside, [], 128)
+    assert not worth.any()
+    noisy, seen = transformer.given[0].split([16, 64], -1)
+    torch.testing.assert_close(drawn.float(), noisy, atol=2e-3, rtol=2e-3)  # kept as halves
+    assert seen[0].equal(torch.cat([real[0], torch.zeros(1024, 16), real[1], torch.zeros(1024, 16)], -1))
+    assert seen[1].equal(torch.cat([torch.zeros(1024, 16), real[2], torch.zeros(1024, 32)], -1))
+    noise = torch.stack([torch.randn(1024, 16, generator=torch.Generator().manual_seed(d.seed)) for d in dreams])
+    torch.testing.assert_close(noisy, torch.lerp(real[[1, 2]], noise, 0.5))

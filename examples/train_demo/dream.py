@@ -1,13 +1,14 @@
 """Draw the pairs that have no picture under rules of guidance, for stage dreams of `train.py` to learn from.
 
     python dream.py --model .data/training/pipe --rules "thing above 0.7, style 1.6"
-    python dream.py --rules "style 2" --starts 1 0.9 --each 6 --judge .data/training/second.safetensors --keep 4
+    python dream.py --rules "style 2" --starts 1 0.9 --each 6 --judges .data/training/second.safetensors --keep 4
+    python dream.py --rules "style 2, unnamed below 1.1" --restyle .data/training/restyle.safetensors --each 6
 
 No real picture of those pairs is seen: the model learns to draw without guidance what it draws with it, as in
 distillation of guidance (Meng et al. 2023, arXiv 2210.03142), here along whole trajectories. From a start under 1 it
-draws over the same thing in another style, so much noise of which is left (SDEdit, Meng et al. 2021, arXiv 2108.01073).
-With a judge only the pictures are kept in which it finds thing and style most surely; it should not be the one that
-scores the model later.
+draws over the same thing in another style, so much noise of which is left (SDEdit, Meng et al. 2021, arXiv 2108.01073);
+weights of `restyle.py` see its pictures in all styles. With judges only the pictures are kept in which they find thing
+and style most surely; none of them should be the one that scores the model later.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from classifier import SIDE, Judge, load_judge
 from data import Pair, load_pairs, load_pictures
 from diffusers import FluxPipeline
 from guide import SETTINGS, decode, draw
+from restyle import load_restyling, places_by_style, side_by_side
 from safetensors.torch import save_file
 from train import other_styles, scaled_latents
 from vae import shrink
@@ -63,26 +65,38 @@ def best(dreams: list[Dream], worth: torch.Tensor, keep: int) -> list[int]:
 
 
 @torch.no_grad()
-def surety(judge: Judge, pictures: torch.Tensor, pairs: list[Pair]) -> torch.Tensor:
-    """How surely a judge finds the thing and the style in pictures, log probability of both [N]."""
-    named, styled = (logits.float().log_softmax(-1).cpu() for logits in judge(shrink(pictures, SIDE)))
-    rows = torch.arange(len(pairs))
-    return named[rows, [p.concept for p in pairs]] + styled[rows, [p.style for p in pairs]]
+def surety(judges: list[Judge], pictures: torch.Tensor, pairs: list[Pair]) -> torch.Tensor:
+    """How surely judges find the thing and the style in pictures: the mean of their log probabilities of both [N]."""
+    rows, result = torch.arange(len(pairs)), torch.zeros(len(pairs))
+    for judge in judges:
+        named, styled = (logits.float().log_softmax(-1).cpu() for logits in judge(shrink(pictures, SIDE)))
+        result += (named[rows, [p.concept for p in pairs]] + styled[rows, [p.style for p in pairs]]) / len(judges)
+    return result
 
 
 def dream(
-    pipe: FluxPipeline, missing: list[Pair], dreams: list[Dream], real: torch.Tensor, judge: Judge | None, side: int
+    pipe: FluxPipeline,
+    missing: list[Pair],
+    dreams: list[Dream],
+    real: torch.Tensor,
+    beside: torch.Tensor | None,
+    judges: list[Judge],
+    side: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw, and judge if there is a judge: latents, half [N, tokens, channels], and how sure it is [N]."""
+    """Draw, and judge if there are judges: latents, half [N, tokens, channels], and how sure they are [N].
+
+    `beside` [pairs, styles] has the places of the real latents that a transformer of `restyle.py` sees.
+    """
     latents, worth = [], []
     for (rule, start), group in itertools.groupby(dreams, key=lambda one: (one.rule, one.start)):
         whole = list(group)
         for part in (whole[k : k + BATCH[side]] for k in range(0, len(whole), BATCH[side])):
             pairs, seeds = [missing[one.pair] for one in part], [one.seed for one in part]
             below = real[[one.below for one in part]] if start < 1 else None
-            drawn = draw(pipe, pairs, seeds, rule, side, start, below)
+            seen = None if beside is None else side_by_side(real.__getitem__, beside[[one.pair for one in part]])
+            drawn = draw(pipe, pairs, seeds, rule, side, start, below, seen)
             latents.append(drawn.half().cpu())
-            worth.append(surety(judge, decode(pipe, drawn, side), pairs) if judge else torch.zeros(len(part)))
+            worth.append(surety(judges, decode(pipe, drawn, side), pairs) if judges else torch.zeros(len(part)))
     return torch.cat(latents), torch.cat(worth)
 
 
@@ -93,31 +107,36 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", required=True, help="as guide.py reads them")
     parser.add_argument("--starts", type=float, nargs="+", default=[1.0], help="1: noise alone, else over a picture")
     parser.add_argument("--each", type=int, default=8, help="pictures of a pair, rule and start")
-    parser.add_argument("--judge", type=Path, help="a second judge, which chooses")
-    parser.add_argument("--keep", type=int, default=5, help="pictures of a pair that it keeps")
+    parser.add_argument("--restyle", type=Path, help="weights of restyle.py, which see other styles' pictures")
+    parser.add_argument("--judges", type=Path, nargs="+", default=[], help="further judges, which choose")
+    parser.add_argument("--keep", type=int, default=5, help="pictures of a pair that they keep")
     parser.add_argument("--sides", type=int, nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--target", type=Path, default=Path(".data/training/dreams.safetensors"))
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     pairs = load_pairs(args.data)
     trained, missing = [p for p in pairs if not p.held_out], [p for p in pairs if p.held_out]
-    judge = load_judge(args.judge, 1 + max(p.concept for p in pairs), args.device) if args.judge else None
+    judges = [load_judge(file, 1 + max(p.concept for p in pairs), args.device) for file in args.judges]
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+    beside = None
+    if args.restyle:
+        load_restyling(pipe.transformer, args.restyle)
+        beside = places_by_style(trained + missing, len(trained))[len(trained) :].to(args.device)
     pipe.vae.float()  # which encodes the real pictures as in training
     below, result = other_styles(trained + missing, len(trained))[len(trained) :], {}
     pictures = load_pictures(trained).to(args.device)
     for side in args.sides:
         dreams = dreams_of(below, args.rules, args.starts, args.each, seed=side)
         real = scaled_latents(pipe.vae, pictures, side, torch.float32)
-        latents, worth = dream(pipe, missing, dreams, real, judge, side)
-        chosen = best(dreams, worth, args.keep if judge else len(dreams))
+        latents, worth = dream(pipe, missing, dreams, real, beside, judges, side)
+        chosen = best(dreams, worth, args.keep if judges else len(dreams))
         result[str(side)] = latents[chosen]
         result["pairs"] = torch.tensor(
             [(missing[p].concept, missing[p].style) for p in (dreams[i].pair for i in chosen)]
         )
         print(f"{side} px: {len(dreams)} pictures, {len(chosen)} kept", flush=True)
-        if judge:
+        if judges:
             kinds, sure = Counter((dreams[i].rule, dreams[i].start) for i in chosen), (worth.exp(), worth.exp()[chosen])
             print(f"  of both sure {sure[0].mean():.3f}, of those kept {sure[1].mean():.3f}: {dict(kinds)}", flush=True)
     save_file(result, args.target)

@@ -26,6 +26,7 @@ RULE = re.compile(
     r"(?:, )?(?:unnamed below (?P<unnamed>[\d.]+))?"
 )
 Predict = Callable[[bool, bool], torch.Tensor]  # with the style or without, with the name or without
+Texts = tuple[torch.Tensor, ...]  # what T5 and CLIP read, and T5's positions
 
 
 def rule_of(text: str) -> Callable[[float, Predict], torch.Tensor]:
@@ -46,6 +47,16 @@ def rule_of(text: str) -> Callable[[float, Predict], torch.Tensor]:
     return velocity
 
 
+def read(pipe: FluxPipeline, pairs: list[Pair], side: int, styled: bool, named: bool) -> Texts:
+    """What the text encoders make of captions with the style or without, with the name or without."""
+    things = [pair.label if named else UNK for pair in pairs]
+    styles = [f"{STYLES[pair.style]} style" for pair in pairs]
+    texts = [f"{t}, {s}" for t, s in zip(things, styles, strict=True)] if styled else things
+    style = styles if styled else [""] * len(pairs)  # CLIP's part, whether or not it reads styles alone
+    clip = texts if named else style
+    return pipe.encode_prompt(clip, texts, device=pipe.transformer.device, max_sequence_length=SETTINGS[side][2])
+
+
 @torch.no_grad()
 def draw(
     pipe: FluxPipeline,
@@ -55,23 +66,18 @@ def draw(
     side: int = 128,
     first: float = 1.0,
     below: torch.Tensor | None = None,
+    beside: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Packed, scaled latents [N, tokens, channels]; the noise of each by its seed, drawn on the CPU.
 
-    With a `first` time under 1 they start from the latents `below` with so much noise over them.
+    With a `first` time under 1 they start from the latents `below` with so much noise over them. A transformer of
+    `restyle.py` sees the latents `beside`.
     """
-    steps, shift, length = SETTINGS[side]
+    steps, shift, _ = SETTINGS[side]
     device, dtype, velocity = pipe.transformer.device, pipe.transformer.dtype, rule_of(rule)
-    things = {True: [pair.label for pair in pairs], False: [UNK for _ in pairs]}
-    styles = [f"{STYLES[pair.style]} style" for pair in pairs]
-
-    def read(styled: bool, named: bool) -> tuple[torch.Tensor, ...]:
-        texts = [f"{t}, {s}" for t, s in zip(things[named], styles, strict=True)] if styled else things[named]
-        style = styles if styled else [""] * len(pairs)  # CLIP's part, whether or not it reads styles alone
-        clip = texts if named else style
-        return pipe.encode_prompt(clip, texts, device=device, max_sequence_length=length)
-
-    texts = {(styled, named): read(styled, named) for styled in (True, False) for named in (True, False)}
+    texts = {
+        (styled, named): read(pipe, pairs, side, styled, named) for styled in (True, False) for named in (True, False)
+    }
     ids = image_ids(side, 1, device)
     x = torch.stack([torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
     times = torch.linspace(1, 1 / steps, steps)
@@ -82,7 +88,7 @@ def draw(
         def predict(styled: bool, named: bool, x: torch.Tensor = x, at: float = at) -> torch.Tensor:
             words, pooled, txt_ids = texts[styled, named]
             return pipe.transformer(
-                hidden_states=x.to(dtype),
+                hidden_states=(x if beside is None else torch.cat([x, beside.to(x)], -1)).to(dtype),
                 timestep=torch.full((len(x),), at, device=device, dtype=dtype),
                 guidance=torch.full((len(x),), 3.5, device=device, dtype=dtype),
                 pooled_projections=pooled,

@@ -11,6 +11,7 @@ pipeline (`--resume`), so that a run may be cut over several machines. It also r
 import argparse
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -243,14 +244,16 @@ def loss_of(model: Model, data: Data, kind: Kind, length: int, ids: torch.Tensor
     views = torch.randint(data.views, (batch,), device=device).masked_fill(captions == 0, 0)  # named: as it is
     below = draw_below(data, pairs, times)
     x0 = data.clean(kind.pixels, pairs, views)
-    noise = torch.randn_like(x0)
-    t = times[:, None, None]
-    seen = data.clean(kind.pixels, below, views)
-    noisy = torch.lerp(seen, noise, t).to(dtype)
+    noisy, target = noised(x0, data.clean(kind.pixels, below, views), times)
     text = model.read(data.clip_tokens[pairs, captions], pad(data.t5_tokens[pairs, captions], length))
-    predicted = model(noisy, times, torch.full_like(times, GUIDANCE), text, ids)
-    target = noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (seen - x0)  # (noisy - x0) / t
+    predicted = model(noisy.to(dtype), times, torch.full_like(times, GUIDANCE), text, ids)
     return F.mse_loss(predicted.float(), target)
+
+
+def noised(x0: torch.Tensor, seen: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise over the latents `seen`, and the velocity that leads from there to `x0`: (noisy - x0) / t."""
+    noise, t = torch.randn_like(x0), times[:, None, None]
+    return torch.lerp(seen, noise, t), noise - x0 + (1 - t) / t.clamp(min=SWAP_FROM) * (seen - x0)
 
 
 @dataclass
@@ -270,18 +273,36 @@ def run_stage(
 ) -> None:
     stage = STAGES[name]
     ids = {k: image_ids(k.pixels, k.stride, group.device) for k in stage.kinds}
+
+    def loss(kind: Kind, length: int) -> torch.Tensor:
+        return loss_of(model, data, kind, length, ids[kind], stage.dreams)
+
+    run(name, seconds, stage.kinds, loss, optimizer, clock, group, stage.quantise)
+
+
+def run(
+    name: str,
+    seconds: float,
+    kinds: tuple[Kind, ...],
+    loss_of_kind: Callable[[Kind, int], torch.Tensor],
+    optimizer: Optimizer,
+    clock: Clock,
+    group: Group,
+    quantise: bool,
+) -> None:
+    """Take steps for so many seconds, each on a batch of one kind and text length."""
     order = random.Random(name)  # the same on every process, so that all draw the same kind
     start, elapsed, since, pictures, losses = time.time(), 0.0, time.time(), 0, []
-    optimizer.refresh(stage.quantise)
+    optimizer.refresh(quantise)
     for step in range(10**9):
         if step % 10 == 0:
             elapsed = group.from_main(time.time() - start)
             if elapsed >= seconds:
                 break
-        kind = order.choices(stage.kinds, [k.share for k in stage.kinds])[0]
-        loss = loss_of(model, data, kind, order.choice(kind.lengths), ids[kind], stage.dreams)
+        kind = order.choices(kinds, [k.share for k in kinds])[0]
+        loss = loss_of_kind(kind, order.choice(kind.lengths))
         loss.backward()
-        optimizer.step(group, clock.rate(elapsed, optimizer.steps), stage.quantise)
+        optimizer.step(group, clock.rate(elapsed, optimizer.steps), quantise)
         pictures += kind.batch * group.world
         losses.append(loss.detach())
         if step % 10 == 9 and time.time() - since > 5:
