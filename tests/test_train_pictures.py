@@ -253,3 +253,41 @@ def test_dreams_see_their_own_things_pictures(demo) -> None:
     assert seen[1].equal(torch.cat([torch.zeros(1024, 16), real[2], torch.zeros(1024, 32)], -1))
     noise = torch.stack([torch.randn(1024, 16, generator=torch.Generator().manual_seed(d.seed)) for d in dreams])
     torch.testing.assert_close(noisy, torch.lerp(real[[1, 2]], noise, 0.5))
+
+
+def test_restyling_learns_from_other_styles_in_the_same_view(demo) -> None:
+    data, _ = data_of(demo)
+    trained = [pair(demo, c, "", s) for c in range(2) for s in range(4) if s != c]
+    trained += [pair(demo, c, "", s, extra=True) for c in range(2) for s in range(4)]
+    styles = torch.tensor([p.style for p in trained])
+    beside = demo.restyle.places_by_style(trained, len(trained))
+    given = {}
+
+    def transformer(**kwargs: torch.Tensor) -> tuple[torch.Tensor]:
+        given.update(kwargs)
+        return (torch.zeros(512, TOKENS, CHANNELS),)
+
+    texts = torch.arange(5.0)[:, None, None].expand(5, 2, 4), torch.arange(5.0)[:, None].expand(5, 4)
+    kind = demo.train.Kind(128, 1, 512, (32,))
+    torch.manual_seed(0)
+    loss = demo.restyle.loss_of(transformer, data, styles, beside, kind, texts, torch.zeros(TOKENS, 3))
+    assert float(loss) > 0
+    assert given["guidance"].eq(demo.guide.GIVEN).all()  # what draw gives too: weights in training read it
+    noisy, seen = given["hidden_states"].split([CHANNELS, 4 * CHANNELS], -1)
+    assert noisy.shape == (512, TOKENS, CHANNELS)
+    slots = seen[:, 0, ::CHANNELS].long()  # latents hold their places; 0 is none, or the very first picture
+    style = given["pooled_projections"][:, 0].long()
+    assert given["encoder_hidden_states"][:, 0, 0].long().equal(style)
+    assert {0, 1, 2, 3, 4} == set(style.tolist())
+    assert 0.05 < float((style == 4).float().mean()) < 0.2  # no style read
+    read = style < 4
+    assert not slots[read].gather(1, style[read, None]).any()  # its own style's slot is empty
+    further = slots[(slots >= KNOWN).any(1)]
+    views, places = (further - KNOWN) // FURTHER, (further - KNOWN) % FURTHER
+    for row, view, place in zip(further.tolist(), views.tolist(), places.tolist(), strict=True):
+        there = [i for i in range(4) if row[i]]
+        assert len({view[i] for i in there}) == 1  # one view of one thing
+        assert len({place[i] // 4 for i in there}) == 1
+        assert all(place[i] % 4 == i for i in there)
+    assert len(set(views[further > 0].tolist())) == VIEWS
+    assert (further == 0).sum(1).float().mean() > 1.3  # and some are hidden

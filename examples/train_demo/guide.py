@@ -25,6 +25,7 @@ RULE = re.compile(
     r"(?:thing above (?P<thing>[\d.]+))?(?:, )?(?:style (?P<scale>[\d.]+))?(?: below (?P<below>[\d.]+))?"
     r"(?:, )?(?:unnamed below (?P<unnamed>[\d.]+))?"
 )
+GIVEN = 3.5  # guidance, as the pipeline gives it; what it does there is settled by the export
 Predict = Callable[[bool, bool], torch.Tensor]  # with the style or without, with the name or without
 Texts = tuple[torch.Tensor, ...]  # what T5 and CLIP read, and T5's positions
 
@@ -90,7 +91,7 @@ def draw(
             return pipe.transformer(
                 hidden_states=(x if beside is None else torch.cat([x, beside.to(x)], -1)).to(dtype),
                 timestep=torch.full((len(x),), at, device=device, dtype=dtype),
-                guidance=torch.full((len(x),), 3.5, device=device, dtype=dtype),
+                guidance=torch.full((len(x),), GIVEN, device=device, dtype=dtype),
                 pooled_projections=pooled,
                 encoder_hidden_states=words,
                 txt_ids=txt_ids,

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from captions import build_vocabulary
 from data import STYLES, Pair, load_pairs, load_pictures
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from export import GUIDANCE
-from guide import SETTINGS, read
+from guide import GIVEN, SETTINGS, read
 from model import image_ids
 from optimizer import Optimizer
 from parallel import Group, join, leave, set_up_torch
@@ -99,7 +98,7 @@ def loss_of(
     predicted = transformer(
         hidden_states=torch.cat([noisy, seen], -1).to(words.dtype),
         timestep=times,
-        guidance=torch.full_like(times, GUIDANCE),
+        guidance=torch.full_like(times, GIVEN),
         pooled_projections=pooled[style],
         encoder_hidden_states=words[style],
         txt_ids=ids.new_zeros(words.shape[1], 3),
