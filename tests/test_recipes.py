@@ -16,6 +16,7 @@ import dit_accel
 from dit_accel.config import Recipe
 from dit_accel.layout import Grid, TokenLayout
 from dit_accel.sparsity.decide import grid_share
+from dit_accel.sparsity.expected import budget_density
 from dit_accel.sparsity.plan import Plan
 from dit_accel.sparsity.recipes import resolve
 
@@ -210,6 +211,20 @@ def test_a_floor_above_the_density_is_said_in_plain_words(name: str, density: fl
     assert f"asked density {density}: each row takes at least {floor} of its units for their score" in plan.note
     assert float(plan.density()) > 1.2 * density
     assert planned(resolve(name, density=0.5, **SMALL), layout)[0].note == ""
+
+
+@pytest.mark.parametrize("name", ["jenga", "rectified", "svg2", "svoo"])
+@pytest.mark.parametrize("layout", [TokenLayout(grid=(1, 24, 24), text=24), TokenLayout(grid=(7, 11, 13))], ids=str)
+def test_a_floor_is_in_what_is_expected_before_the_run(name: str, layout: TokenLayout) -> None:
+    for density in (0.02, 0.5):
+        recipe = small(name, density)
+        plan, *_ = planned(recipe, layout)
+        expected, spent = budget_density(recipe, layout), float(plan.density())
+        assert expected is not None
+        text = 1 - ((layout.length - layout.text) / layout.length) ** 2
+        floor = recipe.model_dump()["select"]["least"] * (1 - text)
+        assert expected >= max(density, text + floor) - 1e-9
+        assert expected <= 1.1 * spent  # units at a border hold fewer tokens
 
 
 @pytest.mark.parametrize("order", ["raster", "hilbert", "tile"])

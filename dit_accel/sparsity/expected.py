@@ -16,11 +16,11 @@ from .decide import grid_share, keep_mask, option, seen_as, tiling_for
 
 @lru_cache(maxsize=256)
 def least_density(recipe: Recipe, layout: TokenLayout) -> float:
-    """Return what a budget cannot go below: text with everything, and what the recipe keeps whatever its score."""
-    layout = seen_as(recipe, layout)
-    cells = layout.length - layout.text
-    text = 0.0 if recipe.skips_text else 1 - (cells / layout.length) ** 2
-    return text + _kept_pairs(recipe, layout) / layout.length**2
+    """Return what a budget cannot go below: text with everything, and what the recipe keeps whatever its score.
+
+    Or what each row takes for its score at the least, where that is more; it may be the same pairs, or others.
+    """
+    return max(_kept_density(recipe, seen_as(recipe, layout)), _scored_density(recipe, seen_as(recipe, layout)))
 
 
 @lru_cache(maxsize=256)
@@ -42,7 +42,10 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
     if asked is None:
         return ""
     cells = layout.length - layout.text
-    least = least_density(recipe, layout)
+    least, scored = _kept_density(recipe, layout), _scored_density(recipe, layout)
+    floor = _floor(recipe, layout)
+    if scored > least and scored > asked:
+        return _floor_note(asked, floor)
     if asked < least and not layout.text:
         return f"asked density {asked:g}, the least here is {least:.2f}: kept blocks always take it; use smaller tiles"
     if asked < least:
@@ -51,12 +54,8 @@ def floor_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
             f"asked density {asked:g}, the least here is {least:.2f}: {layout.text} text tokens beside {cells} "
             f"always take {text_share:.2f}, the kept blocks the rest; use a shorter text length or smaller tiles"
         )
-    floor = _floor(recipe, layout)
     if least + floor * (cells / layout.length) ** 2 > 1.2 * asked:  # where no row's best are among the kept
-        return (
-            f"asked density {asked:g}: each row takes at least {floor:g} of its units for their score, "
-            "beside kept ones; set a lower `least`"
-        )
+        return _floor_note(asked, floor)
     units = _key_units(recipe, layout)
     options = recipe.heads.options if recipe.heads else (recipe,)
     step = 1.0 if any(o.select.kind == "lines" for o in options) else 0.5  # half a unit, or a whole line of them
@@ -95,6 +94,25 @@ def plan_note(recipe: Recipe, layout: TokenLayout, heads: int) -> str:
 def joined(*notes: str) -> str:
     """Return the notes that say something as one."""
     return "; ".join(note for note in notes if note)
+
+
+def _floor_note(asked: float, floor: float) -> str:
+    return (
+        f"asked density {asked:g}: each row takes at least {floor:g} of its units for their score, "
+        "beside kept ones; set a lower `least`"
+    )
+
+
+def _kept_density(recipe: Recipe, layout: TokenLayout) -> float:
+    return _text_density(recipe, layout) + _kept_pairs(recipe, layout) / layout.length**2
+
+
+def _scored_density(recipe: Recipe, layout: TokenLayout) -> float:
+    return _text_density(recipe, layout) + _floor(recipe, layout) * ((layout.length - layout.text) / layout.length) ** 2
+
+
+def _text_density(recipe: Recipe, layout: TokenLayout) -> float:
+    return 0.0 if recipe.skips_text else 1 - ((layout.length - layout.text) / layout.length) ** 2
 
 
 def _floor(recipe: Recipe, layout: TokenLayout) -> float:
