@@ -29,8 +29,8 @@ _LIVE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Acceleration]] = w
 class Acceleration:
     """The handle that `accelerate` returns: undo, report, and the step of the user's own loop.
 
-    It takes the place of those that the transformers carry, which are restored. Usable as a context manager that
-    restores on exit.
+    It takes the place of those that the transformers carry, which are restored, and which stay where it cannot. Usable
+    as a context manager that restores on exit.
     """
 
     def __init__(
@@ -53,9 +53,19 @@ class Acceleration:
         if profile is not None:
             profile.check_recipe(recipe)
             profile.check_model(self.models, self.heads)
-        for module in transformers.values():
-            if (before := live_handle(module)) is not None:
-                before.restore()
+        found = {live_handle(module): None for module in transformers.values()}  # one may have accelerated several
+        earlier = [handle for handle in found if handle is not None]
+        for handle in earlier:
+            handle.restore()
+        try:
+            self._attach()
+        except BaseException:
+            for handle in earlier:
+                handle._attach()
+            raise
+
+    def _attach(self) -> None:
+        """Attach to all transformers, or to none."""
         self._live = True
         try:
             for attachment in self._attachments:

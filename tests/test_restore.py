@@ -20,6 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 import dit_accel
 from dit_accel import attend
+from dit_accel.attachment import Attachment
 from dit_accel.call import AttentionCall
 from dit_accel.errors import AlreadyAcceleratedError, ConfigError, NonFiniteError, UnsupportedError
 
@@ -272,6 +273,34 @@ def test_a_replacement_that_is_refused_leaves_the_first_as_it_was() -> None:
         assert handle.live
         pipe.transformer.disable_cache()
         assert torch.equal(tiny.generate(pipe, call), expected)
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.VIDEO[0]])
+def test_a_replacement_that_fails_half_way_leaves_the_first_at_work(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pipe, call), (twin, _) = make(), make()
+    tiny.generate(twin, call)
+    handle = accelerated(pipe, every=2)
+    expected, sites = tiny.generate(pipe, call), len(handle.sites)
+    first = Attachment.attach
+
+    def fails(self: Attachment, taker: Any) -> None:
+        first(self, taker)  # what it put in place must go again
+        if taker is not handle:
+            raise CancelledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Attachment, "attach", fails)
+        with pytest.raises(CancelledError):
+            dit_accel.accelerate(pipe, "grat-b", replace=True)
+    assert handle.live
+    assert len(handle.sites) == sites
+    assert torch.equal(tiny.generate(pipe, call), expected)
+    assert handle.report().recipe == handle.recipe.name
+    with pytest.raises(AlreadyAcceleratedError):
+        dit_accel.accelerate(pipe, "grat-b")
+    handle.restore()
+    assert snapshot(pipe) == snapshot(twin)
+    assert torch.equal(tiny.generate(pipe, call), tiny.generate(twin, call))
 
 
 class CancelledError(Exception):
