@@ -255,6 +255,16 @@ def test_dreams_see_their_own_things_pictures(demo) -> None:
     torch.testing.assert_close(noisy, torch.lerp(real[[1, 2]], noise, 0.5))
 
 
+def test_views_of_further_pictures_follow_all_pictures(demo) -> None:
+    torch.manual_seed(0)
+    pictures = torch.randint(256, (KNOWN + FURTHER, 3, 16, 16), dtype=torch.uint8)
+    both = demo.train.with_views(pictures, FURTHER)
+    assert both.shape == (KNOWN + demo.train.VIEWS * FURTHER, 3, 16, 16)
+    assert both[: KNOWN + FURTHER].equal(pictures)
+    views = both[KNOWN:].unflatten(0, (demo.train.VIEWS, FURTHER))
+    assert len({view.numpy().tobytes() for view in views}) == demo.train.VIEWS
+
+
 def test_restyling_learns_from_other_styles_in_the_same_view(demo) -> None:
     data, _ = data_of(demo)
     trained = [pair(demo, c, "", s) for c in range(2) for s in range(4) if s != c]

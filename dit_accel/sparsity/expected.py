@@ -15,20 +15,14 @@ from .decide import grid_share, keep_mask, option, seen_as, tiling_for
 
 
 @lru_cache(maxsize=256)
-def least_density(recipe: Recipe, layout: TokenLayout) -> float:
-    """Return what a budget cannot go below: text with everything, and what the recipe keeps whatever its score.
-
-    Or what each row takes for its score at the least, where that is more; it may be the same pairs, or others.
-    """
-    return max(_kept_density(recipe, seen_as(recipe, layout)), _scored_density(recipe, seen_as(recipe, layout)))
-
-
-@lru_cache(maxsize=256)
 def budget_density(recipe: Recipe, layout: TokenLayout) -> float | None:
-    """Return what a recipe that follows the content comes to on a layout, None where no budget says it."""
+    """Return what a recipe that follows the content comes to on a layout, None where no budget says it.
+
+    No less than what it keeps, nor than what each row takes for its score; these may be the same pairs, or others.
+    """
     choice, asked, layout = recipe.heads, recipe.density, seen_as(recipe, layout)
     if choice is None or not any(o.select.geometric for o in choice.options):
-        return None if asked is None else max(asked, least_density(recipe, layout))
+        return None if asked is None else max(asked, _kept_density(recipe, layout), _scored_density(recipe, layout))
     sizes = _option_sizes(recipe, layout)
     if choice.budget is not None:
         return max(choice.budget, sizes[0])
@@ -103,11 +97,14 @@ def _floor_note(asked: float, floor: float) -> str:
     )
 
 
+@lru_cache(maxsize=256)  # asked at every decision
 def _kept_density(recipe: Recipe, layout: TokenLayout) -> float:
+    """Return what is computed whatever its score: text with everything, and what the recipe keeps."""
     return _text_density(recipe, layout) + _kept_pairs(recipe, layout) / layout.length**2
 
 
 def _scored_density(recipe: Recipe, layout: TokenLayout) -> float:
+    """Return what text and each row's floor take together."""
     return _text_density(recipe, layout) + _floor(recipe, layout) * ((layout.length - layout.text) / layout.length) ** 2
 
 

@@ -26,7 +26,7 @@ from optimizer import Optimizer
 from parallel import Group, join, leave, set_up_torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from train import VIEWS, Clock, Data, Kind, build_data, draw_below, draw_times, moved, noised, run, scaled_latents
+from train import Clock, Data, Kind, build_data, draw_below, draw_times, noised, run, scaled_latents, with_views
 
 HIDDEN_SHARE = 0.2  # of the other styles' pictures: not shown
 NO_STYLE_SHARE = 0.1  # of the pictures: drawn without reading the style, for guidance to lead away from
@@ -142,9 +142,7 @@ def main() -> None:
     start = time.time()
     pairs, extras = (load_pairs(args.data, file)[: args.pictures] for file in ("pairs.json", "extras.json"))
     trained = [p for p in pairs if not p.held_out] + extras
-    pictures = load_pictures(trained).to(group.device)
-    further = pictures[len(trained) - len(extras) :]
-    pictures = torch.cat([pictures, *(moved(further) for _ in range(VIEWS - 1))])
+    pictures = with_views(load_pictures(trained).to(group.device), len(extras))
     pipe = FluxPipeline.from_pretrained(args.model).to(group.device)
     kinds = tuple(replace(k, batch=args.batch or k.batch) for k in KINDS)
     latents = {k.pixels: scaled_latents(pipe.vae, pictures, k.pixels, torch.float16) for k in kinds}

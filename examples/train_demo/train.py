@@ -183,6 +183,12 @@ def moved(pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).unflatten(1, (len(STYLES), -1)).flatten(0, 1)
 
 
+def with_views(pictures: torch.Tensor, further: int) -> torch.Tensor:
+    """The pictures, the last `further` of which are of further concepts, and after them more views of these."""
+    extras = pictures[len(pictures) - further :]
+    return torch.cat([pictures, *(moved(extras) for _ in range(VIEWS - 1))])
+
+
 def draw_times(count: int, pixels: int, device: torch.device) -> torch.Tensor:
     """Logit-normal times, pushed toward noise the more tokens there are, mixed with uniform ones."""
     times = torch.randn(count, device=device).sigmoid()
@@ -392,8 +398,7 @@ def main() -> None:
     trained += extras
     pictures = load_pictures(trained).to(group.device)
     vae = prepare_vae(args, pictures, shape, group)
-    further = pictures[len(trained) - len(extras) :]
-    pictures = torch.cat([pictures, *(moved(further) for _ in range(VIEWS - 1))])
+    pictures = with_views(pictures, len(extras))
     names = args.stages.split(",")
     sizes = sorted({kind.pixels for name in names for kind in STAGES[name].kinds})
     latents = {s: scaled_latents(vae, pictures, s, dtype) for s in sizes}
